@@ -6,6 +6,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -59,7 +60,8 @@ def test_imports_are_required(name):
     roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
     known = {IMPORT_NAMES.get(r, r) for r in names(RUN_TIME)} | set(sys.stdlib_module_names) | {"ddpm_nbdev"}
-    assert not roots - known - ONLY_IN_NOTEBOOKS
+    unknown = roots - known - ONLY_IN_NOTEBOOKS
+    assert not unknown
 
 
 def test_imports_without_the_developers_tools():
@@ -112,7 +114,8 @@ def test_no_notebook_globals(name):
             if isinstance(const, types.CodeType): yield from used(const)
     known = set(vars(importlib.import_module(f"ddpm_nbdev.{name}"))) | set(dir(builtins))
     path = LIB/f"{name}.py"
-    assert not set(used(compile(path.read_text(encoding="utf-8"), path, "exec"))) - known
+    undefined = set(used(compile(path.read_text(encoding="utf-8"), path, "exec"))) - known
+    assert not undefined
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +137,6 @@ def built(tmp_path_factory):
 
 def copy_project(target):
     "What packaging reads; building in the checkout would leave files there."
-    import shutil
     shutil.copytree(LIB, target/LIB.name, ignore=shutil.ignore_patterns("__pycache__"))
     for path in ROOT.iterdir():
         if path.is_file() and not path.name.startswith("."): shutil.copy(path, target)
