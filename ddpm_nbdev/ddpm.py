@@ -58,6 +58,7 @@ def choose_steps(
     k:int|None,    # random steps per image beside t = 1; None takes every step once
 )->tuple[Tensor,Tensor]: # steps and weights, `(n, k+1)`, or `(1, T)` if all images share them
     "Which t to evaluate and how to weight the terms so that their sum is unbiased; t = 1 always comes first, with weight 1."
+    if k is not None and k < 1: raise ValueError(f"steps must be at least 1, or None for all of them, got {k}")
     if k is None or k >= T-1: return torch.arange(1, T+1, device=index.device)[None], torch.ones(1, T, device=index.device)
     prob = 1/torch.arange(2, T+1, dtype=torch.float64, device=index.device)            # more often where the terms are large
     prob = prob/prob.sum()

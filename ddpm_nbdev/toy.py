@@ -84,28 +84,30 @@ def swirl(
     levels:int=256,                      # gray levels of each coordinate
     generator:torch.Generator|None=None, # source of randomness
 )->Tensor:                               # `(n, 2)` uint8 in 0..levels-1
-    "A two-turn spiral in the plane, rounded to pixels: two-dimensional 'images' of 8 bits."
+    "A spiral of one and a half turns in the plane, rounded to pixels: two-dimensional 'images' of 8 bits."
     u = torch.rand(n, generator=generator, dtype=torch.float64).sqrt()             # even along the arm
-    angle = 4*math.pi*u
+    angle = 3*math.pi*u
     xy = torch.stack([angle.cos(), angle.sin()], 1)*(.9*u)[:, None]
     xy = xy + .02*torch.randn(n, 2, generator=generator, dtype=torch.float64)
     return ((xy.clamp(-1, 1)+1)/2*(levels-1)).round().to(torch.uint8)
 
 # %% ../nbs/04_toy.ipynb #6c0b9c6b
 class MLP(nn.Module):
-    "A small network model(xt, t) for points in the plane: three hidden layers that see x_t and waves of t."
+    "A small network model(xt, t) for points in the plane: three hidden layers that see x_t, waves of x_t and waves of t."
     def __init__(self,
         dim:int=2,           # coordinates of a point
-        hidden:int=128,      # width
+        hidden:int=96,       # width
         out:int|None=None,   # output coordinates; None means `dim` (2*dim for a learned variance)
         T:int=1000,          # number of steps, to scale t
     ):
         super().__init__()
         self.config = dict(dim=dim, hidden=hidden, out=out, T=T)
         self.T = T
-        self.net = nn.Sequential(nn.Linear(dim+16, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
+        self.net = nn.Sequential(nn.Linear(9*dim+16, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(),
                                  nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, out or dim))
 
     def forward(self, xt, t):
-        wave = t[:, None].to(xt.dtype)/self.T * math.pi * 2.**torch.arange(8, device=xt.device)   # (b, 8)
-        return self.net(torch.cat([xt, wave.sin(), wave.cos()], 1))
+        octaves = math.pi * 2.**torch.arange(8, device=xt.device, dtype=xt.dtype)
+        of_t = t[:, None].to(xt.dtype)/self.T * octaves                              # (b, 8)
+        of_x = (xt[:, :, None] * octaves[:4]/2).flatten(1)                           # (b, 4*dim): fine detail in space
+        return self.net(torch.cat([xt, of_x.sin(), of_x.cos(), of_t.sin(), of_t.cos()], 1))
