@@ -97,7 +97,8 @@ class Attention(nn.Module):
         "x plus what attention gathered."
         n = self.norm(x)
         q, k, v = (rearrange(f(n), 'b c h w -> b 1 (h w) c') for f in (self.q, self.k, self.v))
-        out = F.scaled_dot_product_attention(q, k, v) # softmax(q k^T / sqrt(c)) v
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous() # the fast kernels ask for it
+        out = F.scaled_dot_product_attention(q, k, v)            # softmax(q k^T / sqrt(c)) v
         return x + self.proj_out(rearrange(out, 'b 1 (h w) c -> b c h w', h=x.shape[2]))
 
 # %% ../nbs/11_unet.ipynb #34564e2a
