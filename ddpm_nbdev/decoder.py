@@ -12,10 +12,10 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/08_decoder.ipynb #f77f8c4d
-def check_levels(levels):
-    "Raise unless levels is a whole number from 2 to 256."
-    if int(levels) != levels or not 2 <= levels <= 256: raise ValueError(f"levels must be a whole number from 2 to 256, got {levels}")
+# %% ../nbs/08_decoder.ipynb #f1784919
+def check_levels(levels, most=65536):
+    "Raise unless levels is a whole number from 2 to `most`."
+    if int(levels) != levels or not 2 <= levels <= most: raise ValueError(f"levels must be a whole number from 2 to {most}, got {levels}")
 
 def to_model_range(
     x:Tensor,        # integers 0..levels-1, any shape
@@ -31,7 +31,7 @@ def to_uint8(
     levels:int=256,  # number of gray levels
 )->Tensor:           # uint8 in 0..levels-1
     "Round to the nearest gray level; what lies outside [-1, 1] goes to the nearest end."
-    check_levels(levels)
+    check_levels(levels, 256)
     return ((x.clamp(-1, 1)+1)*((levels-1)/2)).round().to(torch.uint8)
 
 # %% ../nbs/08_decoder.ipynb #1a492ee5
