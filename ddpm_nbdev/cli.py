@@ -6,10 +6,10 @@
 __all__ = ['Parser', 'make_parser', 'one_line', 'command', 'choose_device', 'settings_of_run', 'describe_bits', 'ddpm_train',
            'find_model', 'free_name', 'chain_name', 'ddpm_sample', 'main']
 
-# %% ../nbs/20_cli.ipynb #67f92688
+# %% ../nbs/20_cli.ipynb #92a79c1b
 import argparse
 import inspect
-import json
+import shlex
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -89,8 +89,9 @@ def describe_bits(
     bits:dict,  # from `estimate_bits_per_dim`
 )->str:
     "One line of the summary."
-    split = ' + '.join(f"{name} {bits[name]:.2g}" if name == 'L_T' else f"{name} {bits[name]:.3f}" for name in ('L_T', 'L_1:T-1', 'L_0'))
-    return f"{part:5} {bits['total']:.3f} +- {bits['standard_error']:.3f} bits/dim = {split}  ({bits['images']} images)"
+    split = ' + '.join(f"{name} {bits[name]:.3f}" if bits[name] > .01 else f"{name} {bits[name]:.1e}" for name in ('L_T', 'L_1:T-1', 'L_0'))
+    error = '' if bits['standard_error'] is None else f" +- {bits['standard_error']:.3f}"
+    return f"{part:5} {bits['total']:.3f}{error} bits/dim = {split}  ({bits['images']} images)"
 
 @command
 def ddpm_train(
@@ -135,7 +136,7 @@ def ddpm_train(
         say(f"a classifier of real digits is sure (above .9) of {drawn['above_.9']:.0%} of the samples; of held-out real digits, {real['above_.9']:.0%}")
     say(f"{trained:.0f} s training + {metrics['seconds_measuring']:.0f} s sampling and measuring")
     say(f"wrote samples.png model.safetensors config.json metrics.json log.jsonl in {out}")
-    say(f"to sample again: ddpm_sample {out}")
+    say(f"to sample again: {shlex.join(['ddpm_sample', str(out)])}")
     return metrics
 
 # %% ../nbs/20_cli.ipynb #13b9fc4d
@@ -205,10 +206,11 @@ def ddpm_sample(
 def main():
     "Run a command by name."
     commands = {'train': ddpm_train, 'sample': ddpm_sample}
-    name = sys.argv[1].removeprefix('ddpm_') if len(sys.argv) > 1 else ''
-    usage = f"usage: python -m ddpm_nbdev.cli {{{','.join(commands)}}} ... (--help after one of them says more)\n"
-    if name in ('-h', '--help'): sys.exit(sys.stdout.write(usage) and 0)
-    if name not in commands: sys.exit(sys.stderr.write(usage) and 2)
+    name = ''.join(sys.argv[1:2]).removeprefix('ddpm_')
+    usage = f"usage: python -m ddpm_nbdev.cli {{{','.join(commands)}}} ... (--help after one of them says more)"
+    if name not in commands:
+        print(usage, file=sys.stderr)
+        sys.exit(2)
     sys.argv = sys.argv[1:]
     commands[name]()
 

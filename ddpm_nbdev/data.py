@@ -67,7 +67,7 @@ def random_flip(
 @lru_cache(maxsize=4)
 def epoch_order(
     n:int,      # number of images
-    seed:int,   # names the run, not negative
+    seed:int,   # names the run, 0 to 2**32-1
     epoch:int,  # counts from 0
 )->Tensor:      # `(n,)` int64, a permutation of 0..n-1; cached, so do not write to it
     "The order of one epoch, a pure function of (seed, epoch)."
@@ -128,7 +128,7 @@ def read_image(
         side, (w, h) = min(im.size), im.size
         left, top = (w-side)//2, (h-side)//2
         im = im.crop((left, top, left+side, top+side)).resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(im).reshape(size, size, channels).transpose(2, 0, 1)
+    return np.ascontiguousarray(np.asarray(im).reshape(size, size, channels).transpose(2, 0, 1))
 
 # %% ../nbs/12_data.ipynb #1542d66b
 def list_images(

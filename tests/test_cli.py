@@ -1,0 +1,407 @@
+"The commands: what they write and print, and that whatever goes wrong is one line and loses nothing."
+import json
+import os
+import pickle
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from ddpm_nbdev import cli
+from ddpm_nbdev import train as train_module
+from ddpm_nbdev.cli import ddpm_sample, ddpm_train, make_parser, one_line
+from ddpm_nbdev.data import load_dataset
+from ddpm_nbdev.ddpm import DDPM
+from ddpm_nbdev.train import digit_classifier, load_checkpoint, read_checkpoint, read_log
+
+torch.set_num_threads(1)
+QUICK = ["--T", "4", "--steps", "4", "--batch-size", "4"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return digit_classifier(load_dataset("digits"), epochs=1)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch, classifier):
+    "An empty current folder, a classifier that is already trained, and a quick look at the bits."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train_module, "digit_classifier", lambda data: classifier)
+    monkeypatch.setattr(train_module, "EVALUATION_PIXELS", 20_000)
+    return tmp_path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    "Run a command as from the shell: status, stdout, stderr."
+    def run(command, *args):
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, args)])
+        status = 0
+        try: command()
+        except SystemExit as e: status = e.code or 0
+        return status, *capsys.readouterr()
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, classifier):
+    "A finished tiny run."
+    out = tmp_path_factory.mktemp("finished")/"run"
+    patch = pytest.MonkeyPatch()
+    patch.setattr(train_module, "digit_classifier", lambda data: classifier)
+    patch.setattr(train_module, "EVALUATION_PIXELS", 20_000)
+    ddpm_train("digits", T=4, steps=4, batch_size=4, out=str(out), quiet=True)
+    patch.undo()
+    return out
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    "A copy of the finished run that a test may damage."
+    return shutil.copytree(finished, tmp_path/"run")
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path/"pictures"
+    folder.mkdir()
+    g = torch.Generator().manual_seed(0)
+    for i in range(12): Image.fromarray(torch.randint(0, 256, (9, 10, 3), generator=g, dtype=torch.uint8).numpy()).save(folder/f"{i}.png")
+    return folder
+
+
+def failed(result, status, *said):
+    "One line on stderr that says what is wrong, no traceback."
+    code, _, err = result
+    assert code == status, err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    for s in said: assert s in err, err
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# ---- what works
+
+def test_train_writes_and_says_everything(call, here):
+    status, out, err = call(ddpm_train, "digits", *QUICK)
+    assert (status, err) == (0, "")
+    run = here/"runs/digits"
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.safetensors", "config.json", "log.jsonl", "metrics.json", "model.safetensors", "samples.png"]
+    for part in ("train", "test"):
+        total, err, L_T, L_mid, L_0 = map(float, re.search(rf"{part} +([\d.]+) \+- ([\d.]+) bits/dim = L_T ([\de.+-]+) \+ L_1:T-1 ([\de.+-]+) \+ L_0 ([\de.+-]+)", out).groups())
+        assert abs(total-(L_T+L_mid+L_0)) < .02 and err > 0
+    assert re.search(r"a classifier of real digits is sure \(above .9\) of \d+% of the samples", out)
+    assert re.search(r"\d+ s training \+ \d+ s sampling", out)
+    assert "wrote samples.png model.safetensors config.json metrics.json log.jsonl in runs/digits" in out
+    assert "to sample again: ddpm_sample runs/digits" in out
+    metrics = json.loads((run/"metrics.json").read_text())
+    assert {"bits_per_dim", "classifier", "seconds_training", "seconds_measuring", "parameters", "config"} <= metrics.keys()
+    assert metrics["classifier"]["samples"]["images"] == metrics["config"]["sample_n"] and metrics["config"]["T"] == 4
+    assert set(metrics["bits_per_dim"]["test"]) == {"total", "L_T", "L_1:T-1", "L_0", "standard_error", "images", "steps_per_image"}
+    config = json.loads((run/"config.json").read_text())
+    assert config["levels"] == 17 and config["shape"] == [1, 8, 8]
+    assert Image.open(run/"samples.png").format == "PNG"
+    averaged, saved = load_checkpoint(run).model.state_dict(), load_file(run/"model.safetensors")
+    assert all(torch.equal(averaged[k], saved[k]) for k in saved)       # the average, not the last weights
+    assert read_log(run)[-1]["step"] == 4
+
+
+def test_the_printed_command_samples_again(call, here):
+    _, out, _ = call(ddpm_train, "digits", *QUICK, "--out", here/"my run")
+    words = shlex.split(re.search(r"to sample again: ddpm_sample (.*)", out).group(1))
+    status, out, _ = call(ddpm_sample, *words)
+    assert status == 0 and (here/"my run_samples.png").exists()
+    assert (here/"my run_samples.png").read_bytes() == (here/"my run/samples.png").read_bytes()   # same seed, same images
+
+
+def test_folder(call, here, pictures):
+    status, out, err = call(ddpm_train, f"folder:{pictures}", *QUICK, "--flip")
+    assert (status, err) == (0, "")
+    assert "11 training and 1 test images, 3x8x8, 256 levels" in out and "classifier" not in out
+    assert json.loads((here/"runs/pictures/metrics.json").read_text())["config"]["flip"] is True
+    assert call(ddpm_sample, "runs/pictures", "--n", 2)[0] == 0
+    assert Image.open(here/"pictures_samples.png").size == (2*8*4+4, 8*4)
+
+
+def test_quiet(call):
+    assert call(ddpm_train, "digits", *QUICK, "--quiet") == (0, "", "")
+    assert call(ddpm_sample, "runs/digits", "--n", 1, "--quiet") == (0, "", "")
+
+
+def test_resume_takes_the_settings_of_the_run(call, here):
+    assert call(ddpm_train, "digits", *QUICK, "--seed", 9)[0] == 0
+    status, out, _ = call(ddpm_train, "digits", "--resume", "--steps", 6)
+    assert status == 0 and "6 steps" in out
+    tensors, header = read_checkpoint(here/"runs/digits/checkpoint.safetensors")
+    assert (header["step"], header["config"]["seed"], header["config"]["T"]) == (6, 9, 4)
+    assert call(ddpm_train, "digits", "--T", 4, "--steps", 6, "--batch-size", 4, "--seed", 9, "--out", "whole")[0] == 0
+    whole = read_checkpoint(here/"whole/checkpoint.safetensors")[0]
+    assert all(torch.equal(tensors[k], whole[k]) for k in whole)
+
+
+def test_overwrite(call, run):
+    before = contents(run)
+    assert call(ddpm_train, "digits", *QUICK, "--seed", 3, "--out", run, "--overwrite")[0] == 0
+    after = contents(run)
+    assert after.keys() == before.keys() and after["model.safetensors"] != before["model.safetensors"]
+
+
+def test_short_T_is_pointed_out(call):
+    assert "does not end in pure noise" in call(ddpm_train, "digits", *QUICK)[1]
+
+
+def test_sample_options(call, here, finished):
+    status, out, err = call(ddpm_sample, finished, "--n", 10, "--seed", 5, "--steps-shown", 3, "--out", "a.png")
+    assert (status, err) == (0, "") and "wrote a.png" in out and "a_chain.png, t = 4 2 0" in out
+    assert re.search(r"10 samples of .*, 4 steps, in [\d.]+ s", out)
+    assert Image.open("a_chain.png").size == ((8+1)*3*4-4, (8+1)*8*4-4)   # three moments of eight images, each pixel 4x4
+    call(ddpm_sample, finished, "--n", 10, "--seed", 5, "--out", "b.png")
+    call(ddpm_sample, finished, "--n", 10, "--seed", 6, "--out", "c.png")
+    a, b, c = (open(f"{x}.png", "rb").read() for x in "abc")
+    assert a == b != c
+
+
+def test_chain_ends_in_the_samples(finished):
+    from ddpm_nbdev.train import draw_samples
+    ddpm, seen = DDPM.load(finished), []
+    x = draw_samples(ddpm, 5, watch=lambda t, x: seen.append((t, x)))
+    assert [t for t, _ in seen] == [4, 3, 2, 1, 0]
+    assert torch.equal(((seen[-1][1].clamp(-1, 1)+1)*8).round().to(torch.uint8), x)
+    assert torch.equal(draw_samples(ddpm, 5), x)
+
+
+def test_sample_never_overwrites(call, here, finished):
+    for _ in range(3): assert call(ddpm_sample, finished, "--n", 1)[0] == 0
+    assert sorted(p.name for p in here.glob("*.png")) == ["run_samples.png", "run_samples_2.png", "run_samples_3.png"]
+    (here/"mine.png").write_bytes(b"mine")
+    failed(call(ddpm_sample, finished, "--n", 1, "--out", "mine.png"), 1, "mine.png exists", "--overwrite")
+    assert (here/"mine.png").read_bytes() == b"mine"
+    (here/"new_chain.png").write_bytes(b"mine")
+    failed(call(ddpm_sample, finished, "--n", 1, "--steps-shown", 2, "--out", "new.png"), 1, "new_chain.png exists")
+    assert not (here/"new.png").exists()
+    assert call(ddpm_sample, finished, "--n", 1, "--out", "mine.png", "--overwrite")[0] == 0
+    assert (here/"mine.png").read_bytes() != b"mine"
+
+
+def test_sample_from_an_unfinished_run(call, run):
+    for name in ("model.safetensors", "config.json", "metrics.json", "samples.png"): (run/name).unlink()
+    assert call(ddpm_sample, run, "--n", 1)[0] == 0
+
+
+def test_from_python(finished, here):
+    assert ddpm_sample(str(finished), n=1, quiet=True).name == "run_samples.png"
+    with pytest.raises(ValueError, match="unknown dataset"): ddpm_train("mnist")      # no SystemExit
+
+
+def test_shipped_digits(call, here):
+    start = time.perf_counter()
+    status, out, err = call(ddpm_sample, "digits", "--n", 4)
+    assert (status, err) == (0, "") and (here/"digits_samples.png").exists()
+    assert time.perf_counter()-start < 60
+
+
+# ---- what fails
+
+@pytest.mark.parametrize("args, said", [
+    (["--T", 0], "T must be a whole number, at least 1, got 0"), (["--steps", 0], "steps must be"), (["--steps", "many"], "invalid int value: 'many'"),
+    (["--batch-size", 0], "batch_size must be"), (["--lr", -1], "lr must be a positive number, got -1.0"), (["--lr", "nan"], "lr must be"), (["--lr", 0], "lr must be"),
+    (["--seed", -1], "seed must be"), (["--resume", "--overwrite"], "exclude each other"), (["--what"], "unrecognized arguments: --what"), (["--batch", 3], "unrecognized arguments"),
+    (["more"], "unrecognized arguments: more")])
+def test_train_wrong_usage(args, said, call, here):
+    failed(call(ddpm_train, "digits", *args), 2, said, "ddpm_train --help")
+    assert not list(here.iterdir())
+
+
+@pytest.mark.parametrize("args, said", [(["--n", 0], "n must be at least 1"), (["--seed", -1], "seed must be"), (["--steps-shown", 1], "steps-shown must be"),
+                                        (["--steps-shown", -2], "steps-shown must be"), (["--out", "x.jpg"], ".png"), (["--n", "x"], "invalid int")])
+def test_sample_wrong_usage(args, said, call, here, finished):
+    failed(call(ddpm_sample, finished, *args), 2, said)
+    assert not list(here.iterdir())
+
+
+def test_missing_argument(call):
+    failed(call(ddpm_train), 2, "DATASET")
+    failed(call(ddpm_sample), 2, "WHAT")
+
+
+def test_unknown_dataset(call, here):
+    failed(call(ddpm_train, "mnist"), 1, "unknown dataset 'mnist'; known: digits, folder:PATH")
+    assert not list(here.iterdir())
+
+
+def test_bad_folders(call, here, pictures):
+    failed(call(ddpm_train, "folder:nowhere"), 1, "no such folder: nowhere")
+    failed(call(ddpm_train, "folder:"), 1, "needs a path")
+    (here/"empty").mkdir()
+    failed(call(ddpm_train, "folder:empty"), 1, "no PNG or JPEG files in empty")
+    (pictures/"3.png").write_bytes((pictures/"3.png").read_bytes()[:100])
+    (pictures/"bad.jpg").write_text("no image")
+    failed(call(ddpm_train, "folder:pictures", *QUICK), 1, "3.png", "bad.jpg", "2 of 13 images cannot be read")
+    failed(call(ddpm_train, "folder:pictures", "--size", 2), 1, "size must be at least 4")
+    assert not (here/"runs").exists()
+
+
+def test_batch_larger_than_data(call, here):
+    failed(call(ddpm_train, "digits", "--batch-size", 1438), 1, "batch size 1438 does not fit 1437 training images")
+    assert not (here/"runs").exists()
+
+
+def test_size_of_digits(call, here):
+    failed(call(ddpm_train, "digits", "--size", 16), 1, "digits are 8x8")
+
+
+def test_unwritable_output(call, here, finished):
+    (here/"file").write_text("mine")
+    failed(call(ddpm_train, "digits", *QUICK, "--out", "file/run"), 1, "file")
+    failed(call(ddpm_train, "digits", *QUICK, "--out", "file"), 1, "file")
+    failed(call(ddpm_sample, finished, "--n", 1, "--out", "file/a.png"), 1, "file")
+    assert contents(here) == {"file": b"mine"}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(call, here):
+    (here/"locked").mkdir(mode=0o500)
+    failed(call(ddpm_train, "digits", *QUICK, "--out", "locked/run"), 1, "Permission denied")
+
+
+def test_folder_that_holds_a_run(call, run):
+    before = contents(run)
+    failed(call(ddpm_train, "digits", *QUICK, "--out", run), 1, "already holds a run", "--resume", "--overwrite")
+    failed(call(ddpm_train, "digits", "--lr", .5, "--out", run, "--resume"), 1, "lr was 0.002, is now 0.5")
+    failed(call(ddpm_train, "folder:x", "--out", run, "--resume"), 1, "holds a run on digits, not folder:x")
+    failed(call(ddpm_train, "digits", "--out", run, "--resume", "--steps", 2), 1, "already at step 4")
+    assert contents(run) == before
+
+
+def test_nothing_to_resume(call, here):
+    failed(call(ddpm_train, "digits", "--resume"), 1, "nothing to resume")
+    assert not (here/"runs").exists()
+
+
+def test_diverging_run_keeps_its_checkpoint(call, here, monkeypatch):
+    assert call(ddpm_train, "digits", *QUICK)[0] == 0
+    before = contents(here/"runs/digits")
+    real = DDPM.loss
+    monkeypatch.setattr(DDPM, "loss", lambda *a, **k: real(*a, **k)*float("nan"))
+    failed(call(ddpm_train, "digits", "--resume", "--steps", 8), 1, "diverged at step 5", "checkpoint of step 4 is kept")
+    assert contents(here/"runs/digits") == before
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "checkpoint.safetensors"])
+@pytest.mark.parametrize("damage", ["truncated", "pickle", "empty", "other architecture", "json"])
+def test_unusable_weights(file, damage, call, run, here):
+    target = run/file
+    if file == "checkpoint.safetensors": (run/"model.safetensors").unlink()
+    if damage == "truncated": target.write_bytes(target.read_bytes()[:-1000])
+    if damage == "pickle": torch.save({"x": torch.zeros(3)}, target)
+    if damage == "empty": target.write_bytes(b"")
+    if damage == "json": target.write_text("{}")
+    if damage == "other architecture": save_file({"weight": torch.zeros(3)}, target)
+    said = {"pickle": "pickle", "other architecture": "another architecture" if file[0] == "m" else "not a checkpoint"}.get(damage, "not a complete safetensors file")
+    before = contents(run)
+    failed(call(ddpm_sample, run, "--n", 1), 1, file, said)
+    if file == "checkpoint.safetensors": failed(call(ddpm_train, "digits", "--out", run, "--resume"), 1, file, said)
+    assert contents(run) == before and not list(here.glob("*.png"))
+
+
+def test_old_style_pickle_is_not_run(call, run):
+    class Bomb:
+        def __reduce__(self): return (open, (str(run/"bomb went off"), "w"))
+    (run/"model.safetensors").write_bytes(pickle.dumps(Bomb()))
+    failed(call(ddpm_sample, run, "--n", 1), 1, "pickle")
+    assert not (run/"bomb went off").exists()
+
+
+def test_weights_of_another_architecture(call, run):
+    config = json.loads((run/"config.json").read_text())
+    config["model"]["args"]["ch"] = 32
+    (run/"config.json").write_text(json.dumps(config))
+    failed(call(ddpm_sample, run, "--n", 1), 1, "another architecture")
+    config["model"]["name"] = "os.system"
+    (run/"config.json").write_text(json.dumps(config))
+    failed(call(ddpm_sample, run, "--n", 1), 1, "unknown model 'os.system'")
+    (run/"config.json").write_text("{")
+    failed(call(ddpm_sample, run, "--n", 1), 1, "config.json")
+
+
+def test_nothing_to_sample_from(call, here):
+    failed(call(ddpm_sample, "nothing"), 1, "no trained model 'nothing' ships with the package", "digits")
+    (here/"a/b").mkdir(parents=True)
+    failed(call(ddpm_sample, "a/b"), 1, "no run to sample from")
+
+
+def test_too_many_moments(call, finished):
+    failed(call(ddpm_sample, finished, "--steps-shown", 6), 1, "has 5 moments")
+
+
+def test_device_that_is_not_there(call, here):
+    failed(call(ddpm_train, "digits", *QUICK, "--device", "warp"), 1, "device 'warp' cannot be used")
+    if not torch.cuda.is_available(): failed(call(ddpm_train, "digits", *QUICK, "--device", "cuda"), 1, "device 'cuda' cannot be used")
+    assert not (here/"runs").exists()
+
+
+def test_out_of_memory_is_one_line(call, monkeypatch, finished):
+    def full(*a, **k): raise MemoryError
+    monkeypatch.setattr(cli, "draw_samples", full)
+    failed(call(ddpm_sample, finished), 1, "out of memory")
+
+
+def test_bugs_are_not_hidden(call, monkeypatch, finished):
+    "One line is for what a user can mend; an error of ours keeps its traceback."
+    def bug(*a, **k): raise ZeroDivisionError
+    monkeypatch.setattr(cli, "draw_samples", bug)
+    with pytest.raises(ZeroDivisionError): call(ddpm_sample, finished)
+
+
+def test_one_line():
+    assert one_line(OSError(28, "No space left on device", "a.png")) == "a.png: No space left on device"
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line(KeyError()) == "KeyError"
+
+
+def test_options_have_dashes_and_help():
+    for command in (ddpm_train, ddpm_sample):
+        for action in make_parser(command)._actions:
+            assert action.help and not any("_" in s for s in action.option_strings)
+
+
+# ---- as processes
+
+def shell(*args, **kw):
+    return subprocess.run([sys.executable, "-m", "ddpm_nbdev.cli", *map(str, args)], capture_output=True, text=True, env=ENV, **kw)
+
+
+def test_module_as_command(here):
+    res = shell("train", "mnist")
+    assert (res.returncode, res.stderr) == (1, "ddpm_train: unknown dataset 'mnist'; known: digits, folder:PATH\n")
+    res = shell("ddpm_train", "digits", "--T", "0")
+    assert res.returncode == 2 and len(res.stderr.splitlines()) == 1
+    for args, status in (([], 2), (["fly"], 2), (["train", "--help"], 0)):
+        res = shell(*args)
+        assert res.returncode == status and "usage:" in res.stdout+res.stderr
+
+
+def test_ctrl_c_and_on(here):
+    p = subprocess.Popen([sys.executable, "-m", "ddpm_nbdev.cli", "train", "digits", "--T", "4", "--batch-size", "4", "--steps", "100000", "--out", "run"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    while not (here/"run/log.jsonl.new").exists() or not (here/"run/log.jsonl.new").read_text(): time.sleep(.02)
+    p.send_signal(signal.SIGINT)
+    _, err = p.communicate(timeout=60)
+    assert p.returncode == 130 and "Traceback" not in err
+    step = read_checkpoint(here/"run/checkpoint.safetensors")[1]["step"]
+    again = re.search(rf"stopped after step {step} of 100000; to go on: ddpm_train (digits --out run --resume)", err).group(1)
+    p = shell("train", *again.split(), "--steps", step)     # as printed, and no further
+    assert p.returncode == 0, p.stderr
+    assert (here/"run/metrics.json").exists()

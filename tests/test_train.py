@@ -1,0 +1,416 @@
+"Training: interrupted runs end with the bits of uninterrupted ones, and nothing good is ever lost."
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm_nbdev import train as T
+from ddpm_nbdev.data import load_dataset
+from ddpm_nbdev.ddpm import DDPM, WeightsError
+from ddpm_nbdev.train import (EMA, PRESETS, ConfigError, Interrupted, RunFolder, TrainConfig, TrainingDiverged, build_ddpm, build_model, draw_samples,
+                              learning_rate, load_checkpoint, preset, read_checkpoint, read_log, small_unet_args, train, write_whole)
+
+torch.set_num_threads(1)
+MODEL = dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], groups=4)
+TINY = TrainConfig('digits', T=10, model_args=MODEL, dropout=.2, flip=True, steps=24, batch_size=8, lr=2e-3, warmup=5, ema_decay=.9,
+                   ema_warmup=True, log_every=4, checkpoint_every=6, sample_every=0, sample_n=2)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    "A run that was never interrupted: its state and its log without times."
+    out = tmp_path_factory.mktemp("whole")
+    train(TINY, out, data=data)
+    return tensors(out), log(out)
+
+
+def tensors(out):
+    return read_checkpoint(out/"checkpoint.safetensors")[0]
+
+
+def log(out):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_log(out)]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ---- resume
+
+def test_state_has_every_part(whole):
+    names = whole[0].keys()
+    for part in ("model.", "ema.", "adam.0.exp_avg", "adam.0.exp_avg_sq", "random.generator", "random.torch"):
+        assert any(n.startswith(part) for n in names), part
+    assert whole[0]["adam.0.step"] == TINY.steps
+
+
+@pytest.mark.parametrize("first", [6, 7, 13])
+def test_resume_is_bit_identical(first, whole, data, tmp_path):
+    train(replace(TINY, steps=first), tmp_path, data=data)
+    torch.manual_seed(123)   # whatever happens to the global generator in between
+    torch.rand(5)
+    train(TINY, tmp_path, resume=True, data=data)
+    assert same(tensors(tmp_path), whole[0])
+    assert [r["step"] for r in read_log(tmp_path)] == sorted({*range(4, 25, 4), 6, 12, 18, first})
+
+
+def test_resuming_a_finished_run_changes_nothing(whole, data, tmp_path):
+    train(TINY, tmp_path, data=data)
+    before = (tmp_path/"log.jsonl").read_text()
+    train(TINY, tmp_path, resume=True, data=data)
+    assert same(tensors(tmp_path), whole[0])
+    assert (tmp_path/"log.jsonl").read_text() == before
+
+
+def test_the_parts_matter(whole, data, tmp_path, monkeypatch):
+    "The test above would notice if dropout's generator were forgotten."
+    train(replace(TINY, steps=6), tmp_path, data=data)
+    monkeypatch.setattr(torch, "set_rng_state", lambda s: None)
+    train(TINY, tmp_path, resume=True, data=data)
+    assert not same(tensors(tmp_path), whole[0])
+
+
+def test_samples_and_caller_do_not_disturb(whole, data, tmp_path):
+    torch.manual_seed(7)
+    state = torch.get_rng_state()
+    train(replace(TINY, sample_every=5), tmp_path, data=data)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(tensors(tmp_path), whole[0])
+    assert sorted(p.name for p in (tmp_path/"samples").iterdir()) == ["000005.png", "000010.png", "000015.png", "000020.png"]
+
+
+def test_seed_matters(whole, data, tmp_path):
+    train(replace(TINY, seed=1, steps=6), tmp_path, data=data)
+    train(replace(TINY, steps=6), tmp_path/"b", data=data)
+    a, b = tensors(tmp_path), tensors(tmp_path/"b")
+    assert not torch.equal(a["model.conv_in.weight"], b["model.conv_in.weight"])
+
+
+def start(out, *args, steps=24, sleep=0.):
+    "Train in a process of its own, slowly enough to be hit."
+    code = f"""
+import sys, time
+from dataclasses import replace
+sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+import torch; torch.set_num_threads(1)
+from test_train import TINY, train
+from ddpm_nbdev import train as T
+update = T.EMA.update
+def slow(self, model):
+    update(self, model); time.sleep({sleep}); print(self.n, flush=True)
+T.EMA.update = slow
+try: train(replace(TINY, steps={steps}), {str(out)!r}, progress=False{''.join(', '+a for a in args)})
+except KeyboardInterrupt as e: print(e); sys.exit(130)
+"""
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(process, n):
+    for line in process.stdout:
+        if line.strip() == str(n): return
+    raise AssertionError(process.stderr.read())
+
+
+def test_kill_9(tmp_path, data):
+    "Killed three times, at moments that do not ask for anybody's leave; the log has each step once."
+    torch.manual_seed(0)
+    steps = 60
+    reference = train(replace(TINY, steps=steps), tmp_path/"reference", data=data)
+    out, rng = tmp_path/"killed", torch.Generator().manual_seed(int(time.time()))
+    for i, wait in enumerate((10, 9, 9)):     # steps of this process before the blow
+        p = start(out, *(["resume=True"] if i else []), steps=steps, sleep=.005)
+        first = read_checkpoint(out/"checkpoint.safetensors")[1]["step"] if i else 0
+        wait_for_step(p, first+wait)
+        time.sleep(.03*torch.rand(1, generator=rng).item())
+        p.send_signal(signal.SIGKILL)
+        p.wait()
+        tensors(out)                          # whole, always
+    train(replace(TINY, steps=steps), out, resume=True, data=data)
+    assert same(tensors(out), tensors(tmp_path/"reference"))
+    assert log(out) == log(tmp_path/"reference")
+    assert same(load_file(out/"model.safetensors"), dict(reference.model.state_dict()))
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signal_saves_and_says_how_to_go_on(signum, tmp_path, whole, data):
+    out = tmp_path/"run"
+    p = start(out, sleep=.02)
+    wait_for_step(p, 9)
+    p.send_signal(signum)
+    rest, err = p.communicate()
+    assert p.returncode == 130, err
+    saved = read_checkpoint(out/"checkpoint.safetensors")[1]["step"]
+    assert 9 <= saved <= 11
+    assert f"stopped after step {saved} of 24; to go on: ddpm_train digits --out {out} --resume" in rest
+    train(TINY, out, resume=True, data=data)
+    assert same(tensors(out), whole[0])
+
+
+def test_second_interrupt_stops_at_once(tmp_path, data, monkeypatch):
+    update = T.EMA.update
+    def twice(self, model):
+        update(self, model)
+        if self.n == 8:
+            for _ in range(2): signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(EMA, "update", twice)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt) as e: train(TINY, tmp_path, data=data)
+    assert not isinstance(e.value, Interrupted)
+    assert read_checkpoint(tmp_path/"checkpoint.safetensors")[1]["step"] == 6
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+# ---- what must not be lost
+
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_nan_stops_names_the_step_and_keeps_the_checkpoint(where, tmp_path, data, monkeypatch):
+    real, calls = DDPM.loss, []
+    def loss(self, x0, **kw):
+        calls.append(1)
+        out = real(self, x0, **kw)
+        if len(calls) != 11: return out
+        return out*math.nan if where == "loss" else out + (out-out.detach()).abs().sqrt()   # slope 1/0 at 0
+    monkeypatch.setattr(DDPM, "loss", loss)
+    with pytest.raises(TrainingDiverged, match="diverged at step 11 .*checkpoint of step 6 is kept"): train(TINY, tmp_path, data=data)
+    kept, header = read_checkpoint(tmp_path/"checkpoint.safetensors")
+    assert header["step"] == 6
+    assert all(v.isfinite().all() for v in kept.values() if v.is_floating_point())
+    assert [r["step"] for r in read_log(tmp_path)] == [4, 6, 8]
+    assert all(math.isfinite(r["loss"]) for r in read_log(tmp_path))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_nan_before_the_first_checkpoint(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(DDPM, "loss", lambda self, x0, **kw: self.model(x0, torch.ones(len(x0)).long()).sum((1, 2, 3))*math.inf)
+    with pytest.raises(TrainingDiverged, match="diverged at step 1 .*there is no checkpoint yet"): train(TINY, tmp_path, data=data)
+    assert not (tmp_path/"checkpoint.safetensors").exists()
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, data, monkeypatch):
+    "Even if loss and gradient look well."
+    update = T.EMA.update
+    def poison(self, model):
+        update(self, model)
+        if self.n == 12: next(iter(self.model.parameters())).data.view(-1)[0] = math.nan
+    monkeypatch.setattr(EMA, "update", poison)
+    with pytest.raises(TrainingDiverged, match="step 12 .ema.* is not finite.*checkpoint of step 6"): train(TINY, tmp_path, data=data)
+    assert read_checkpoint(tmp_path/"checkpoint.safetensors")[1]["step"] == 6
+
+
+@pytest.mark.parametrize("call", ["fsync", "replace"])
+def test_failing_write_keeps_the_old_checkpoint(call, tmp_path, data, monkeypatch):
+    train(replace(TINY, steps=6), tmp_path, data=data)
+    before = (tmp_path/"checkpoint.safetensors").read_bytes()
+    real = getattr(os, call)
+    def full(*args):
+        if call == "replace" and "checkpoint" not in str(args[0]): return real(*args)
+        if call == "fsync" and os.fstat(args[0]).st_size < 10_000: return real(*args)
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(OSError, match="No space left"): train(TINY, tmp_path, resume=True, data=data)
+    assert (tmp_path/"checkpoint.safetensors").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_write_whole_on_interrupt(tmp_path, monkeypatch):
+    write_whole(tmp_path/"f", b"old")
+    def interrupt(fd): raise KeyboardInterrupt
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt): write_whole(tmp_path/"f", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["f"] and (tmp_path/"f").read_bytes() == b"old"
+
+
+def test_a_folder_with_a_run_is_left_alone(tmp_path, data):
+    train(replace(TINY, steps=6), tmp_path, data=data)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="already holds a run.*--resume.*--overwrite"): train(TINY, tmp_path, data=data)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    with pytest.raises(ConfigError, match="exclude each other"): train(TINY, tmp_path, resume=True, overwrite=True, data=data)
+
+
+def test_overwrite_keeps_the_old_run_until_the_first_checkpoint(tmp_path, data, monkeypatch):
+    train(replace(TINY, steps=12, sample_every=6), tmp_path, data=data)
+    (tmp_path/"notes.txt").write_text("mine")
+    (tmp_path/"samples/mine.png").write_bytes(b"mine")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    update = T.EMA.update
+    def stop(self, model):
+        update(self, model)
+        if self.n == 5: raise RuntimeError("power cut")
+    monkeypatch.setattr(EMA, "update", stop)
+    with pytest.raises(RuntimeError): train(replace(TINY, seed=5), tmp_path, overwrite=True, data=data)
+    after = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+    after.pop("log.jsonl.new")
+    assert after == before and (tmp_path/"samples/000006.png").exists()
+    monkeypatch.undo()
+    train(replace(TINY, seed=5), tmp_path, overwrite=True, data=data)
+    assert [r["step"] for r in read_log(tmp_path)] == [4, 6, 8, 12, 16, 18, 20, 24]
+    assert read_checkpoint(tmp_path/"checkpoint.safetensors")[1]["config"]["seed"] == 5
+    assert (tmp_path/"notes.txt").read_text() == "mine" and [p.name for p in (tmp_path/"samples").iterdir()] == ["mine.png"]
+    assert not (tmp_path/"log.jsonl.new").exists()
+
+
+def test_resume_refuses_what_would_be_another_run(tmp_path, data):
+    train(replace(TINY, steps=6), tmp_path, data=data)
+    for change, said in ((dict(lr=1e-3), "lr was 0.002, is now 0.001"), (dict(model_args=MODEL | dict(ch=16)), "model_args was"), (dict(T=11), "T was 10, is now 11")):
+        with pytest.raises(ValueError, match=said): train(replace(TINY, **change), tmp_path, resume=True, data=data)
+    with pytest.raises(ValueError, match="already at step 6, beyond the 3 asked for"): train(replace(TINY, steps=3), tmp_path, resume=True, data=data)
+    other = replace(data, train=data.train.flip(0))
+    with pytest.raises(ValueError, match="training images are not those it began with"): train(TINY, tmp_path, resume=True, data=other)
+    with pytest.raises(ValueError, match="nothing to resume"): train(TINY, tmp_path/"new", resume=True, data=data)
+    assert not (tmp_path/"new").exists()
+
+
+@pytest.mark.parametrize("damage, said", [(lambda b: b[:len(b)//2], "not a complete safetensors file"), (lambda b: b"\x80\x02" + b, "pickle"), (lambda b: b"", "safetensors")])
+def test_damaged_checkpoint(damage, said, tmp_path, data):
+    train(replace(TINY, steps=6), tmp_path, data=data)
+    file = tmp_path/"checkpoint.safetensors"
+    file.write_bytes(damage(file.read_bytes()))
+    damaged = file.read_bytes()
+    with pytest.raises(WeightsError, match=said): train(TINY, tmp_path, resume=True, data=data)
+    assert file.read_bytes() == damaged
+
+
+def test_torn_last_log_line(tmp_path, data, whole):
+    train(replace(TINY, steps=12), tmp_path, data=data)
+    with open(tmp_path/"log.jsonl", "a") as f: f.write('{"step": 14, "lo')
+    train(TINY, tmp_path, resume=True, data=data)
+    assert [json.loads(x)["step"] for x in (tmp_path/"log.jsonl").read_text().splitlines()] == [4, 6, 8, 12, 16, 18, 20, 24]
+
+
+# ---- the pieces
+
+def test_loop_is_algorithm_1(data, tmp_path):
+    "Against a plain loop written out here, with torch's own pieces; no dropout, no flips."
+    cfg = replace(TINY, dropout=0., flip=None, steps=7, ema_warmup=False)
+    ours = train(cfg, tmp_path, data=data)
+    with torch.random.fork_rng():
+        torch.manual_seed(T.subseed(0, 0))
+        ddpm = build_ddpm(cfg, data)
+    g = torch.Generator().manual_seed(T.subseed(0, 1))
+    params, avg = list(ddpm.model.parameters()), [p.detach().clone() for p in ddpm.model.parameters()]
+    opt = torch.optim.Adam(params, lr=1., foreach=False)
+    sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: cfg.lr*min(1, k/cfg.warmup))
+    order = np.random.default_rng((0, 0)).permutation(1437)
+    for k in range(7):
+        x0 = data.train[order[8*k:8*k+8]].double().div(8).sub(1).float()
+        t = torch.randint(1, 11, (8,), generator=g)
+        eps = torch.randn(x0.shape, generator=g)
+        abar = torch.tensor([1-b for b in torch.linspace(1e-4, .02, 10, dtype=torch.float64)], dtype=torch.float64).cumprod(0)[t-1].view(-1, 1, 1, 1)
+        loss = ((ddpm.model(abar.sqrt().float()*x0 + (1-abar).sqrt().float()*eps, t)-eps)**2).mean()
+        opt.zero_grad()
+        loss.backward()
+        norm = sum(p.grad.double().pow(2).sum() for p in params).sqrt()
+        if norm > 1:
+            for p in params: p.grad.div_(norm.float())
+        opt.step()
+        sched.step()
+        avg = [.9*a + .1*p.detach() for a, p in zip(avg, params)]
+    for a, b in zip(avg, ours.model.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert abs(read_log(tmp_path)[-1]["loss"]) > 0
+
+
+def test_first_update_has_rate_zero(data, tmp_path):
+    train(replace(TINY, steps=1), tmp_path, data=data)
+    with torch.random.fork_rng():
+        torch.manual_seed(T.subseed(0, 0))
+        fresh = build_ddpm(TINY, data).model
+    trained = load_checkpoint(tmp_path, ema=False).model
+    assert all(torch.equal(a, b) for a, b in zip(fresh.parameters(), trained.parameters()))
+    assert any(v.any() for k, v in tensors(tmp_path).items() if k.endswith(".exp_avg"))   # but the moments have begun
+    assert learning_rate(0, TINY) == 0
+
+
+@pytest.mark.parametrize("n, share", [(5000, .607), (10_000, .368), (50_000, .0067)])
+def test_ema_share_of_initial_weights(n, share):
+    "The paper's .9999, checked against the product and against the class at work."
+    assert round(math.prod([.9999]*n), 4 if n == 50_000 else 3) == share
+    model = torch.nn.Linear(1, 1, bias=False).double()
+    ema = EMA(model, .9999)
+    torch.nn.init.ones_(ema.model.weight)
+    torch.nn.init.zeros_(model.weight)
+    for _ in range(5000): ema.update(model)
+    assert abs(ema.model.weight.item() - .9999**5000) < 1e-9
+    assert abs(ema.share_left(n) - .9999**n) < 1e-9
+
+
+def test_ema_warmup_and_no_decay():
+    model = torch.nn.Linear(1, 1)
+    ema = EMA(model, .5, warmup=True)
+    assert [ema.decay_at(n) for n in (0, 1, 8, 1000)] == [.1, 2/11, .5, .5]
+    assert EMA(model, 0.).share_left(3) == 0
+    assert not any(p.requires_grad for p in ema.model.parameters()) and model.weight.requires_grad
+
+
+def test_checkpoint_loads_average_or_raw(tmp_path, data):
+    ddpm = train(TINY, tmp_path, data=data)
+    (tmp_path/"model.safetensors").unlink()
+    avg, raw = load_checkpoint(tmp_path), load_checkpoint(tmp_path, ema=False)
+    same_as = lambda d: all(torch.equal(a, b) for a, b in zip(d.model.parameters(), ddpm.model.parameters()))
+    assert same_as(avg) and not same_as(raw)
+    assert avg.levels == 17 and avg.shape == (1, 8, 8) and avg.sched.T == 10
+    assert torch.equal(draw_samples(avg, 5, seed=3), draw_samples(ddpm, 5, seed=3))
+
+
+@pytest.mark.parametrize("field, value", [("T", 0), ("T", 2.5), ("T", True), ("T", "10"), ("steps", 0), ("batch_size", -1), ("lr", 0.), ("lr", -1.), ("lr", math.inf), ("lr", math.nan), ("warmup", -1),
+    ("grad_clip", 0.), ("ema_decay", 1.), ("dropout", 1.), ("seed", -1), ("seed", 2**32), ("mean", "epsilon"), ("variance", "fixed"), ("objective", "mse"),
+    ("model", "Transformer"), ("schedule", "cosine"), ("schedule_args", {"beta_T": 1.5}), ("schedule_args", {"beta": .1}), ("log_every", 0), ("sample_every", -1)])
+def test_config_names_what_is_wrong(field, value):
+    with pytest.raises(ConfigError, match=field.replace("_args", "")): replace(TINY, **{field: value})
+
+
+def test_presets_are_consistent():
+    for name, cfg in PRESETS.items(): assert json.loads(json.dumps(asdict(cfg))) == asdict(cfg), name
+    assert asdict(replace(PRESETS["cifar10"], dataset="x", flip=None, model_args={}, dropout=0.)) == asdict(TrainConfig("x"))
+    assert preset("folder:a/b", steps=3).dataset == "folder:a/b"
+
+
+def test_cifar10_preset_is_the_papers_network():
+    with torch.device("meta"): model = build_model(PRESETS["cifar10"], (3, 32, 32))
+    assert sum(p.numel() for p in model.parameters()) == 35_746_307
+
+
+@pytest.mark.parametrize("size", range(4, 70))
+def test_small_unet_fits_any_size(size):
+    cfg = TrainConfig("x")
+    with torch.device("meta"):
+        model = build_model(cfg, (1, size, size))
+        assert model(torch.zeros(1, 1, size, size), torch.ones(1).long()).shape == (1, 1, size, size)
+    assert size == 4 or size % 2 or model.factor >= 2
+    assert all(r <= 16 for r in small_unet_args(size)["attn_resolutions"])
+
+
+@pytest.mark.parametrize("mean, variance, objective", [("x0", "beta_tilde", "simple"), ("mu", "beta", "vlb"), ("eps", "learned", "vlb")])
+def test_other_choices_train_and_resume(mean, variance, objective, data, tmp_path):
+    cfg = replace(TINY, mean=mean, variance=variance, objective=objective, steps=8)
+    train(cfg, tmp_path/"a", data=data)
+    train(replace(cfg, steps=5), tmp_path/"b", data=data)
+    train(cfg, tmp_path/"b", resume=True, data=data)
+    assert same(tensors(tmp_path/"a"), tensors(tmp_path/"b"))
+
+
+def test_unwritable_out(tmp_path, data):
+    (tmp_path/"file").write_text("")
+    with pytest.raises(OSError): train(TINY, tmp_path/"file"/"run", data=data)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_on_a_gpu(tmp_path, data):
+    train(replace(TINY, steps=10), tmp_path, device="cuda", data=data)
+    ddpm = train(TINY, tmp_path, device="cuda", resume=True, data=data)
+    assert ddpm.device.type == "cuda" and draw_samples(ddpm, 3).shape == (3, 1, 8, 8)
