@@ -12,9 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-# %% ../nbs/08_decoder.ipynb #f1784919
-def check_levels(levels, most=65536):
-    "Raise unless levels is a whole number from 2 to `most`."
+# %% ../nbs/08_decoder.ipynb #ac80825c
+def check_levels(
+    levels,          # anything
+    most:int=65536,  # the largest number allowed
+):
+    "Raise a ValueError unless levels is a whole number from 2 to `most`."
     if int(levels) != levels or not 2 <= levels <= most: raise ValueError(f"levels must be a whole number from 2 to {most}, got {levels}")
 
 def to_model_range(
@@ -24,6 +27,7 @@ def to_model_range(
     "Scale gray levels linearly to [-1, 1] (§3.3)."
     check_levels(levels)
     if x.is_floating_point(): raise ValueError(f"expected integer gray levels 0..{levels-1}, got {x.dtype}; images in [-1, 1] need no scaling")
+    if x.device.type == 'cpu' and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < levels: raise ValueError(f"gray levels must lie in 0..{levels-1}, got {x.min()}..{x.max()}")
     return x.float()*(2/(levels-1)) - 1
 
 def to_uint8(
@@ -34,7 +38,8 @@ def to_uint8(
     check_levels(levels, 256)
     return ((x.clamp(-1, 1)+1)*((levels-1)/2)).round().to(torch.uint8)
 
-# %% ../nbs/08_decoder.ipynb #1a492ee5
+# %% ../nbs/08_decoder.ipynb #e8565b95
+# the three below: elementwise, tensors of any one shape and dtype in, the same out
 def log_half_erfcx(z):
     "log of erfcx(z/sqrt 2)/2, for z >= 0: log Phi(-z) without its -z^2/2."
     return torch.special.erfcx(z/math.sqrt(2)).log() - math.log(2)
@@ -45,14 +50,14 @@ def log_normal_cdf(z):
     return torch.where(z < 0, log_half_erfcx(-low) - low**2/2, torch.log1p(-.5*torch.erfc(high/math.sqrt(2))))
 
 def log_normal_interval(a, b):
-    "log (Phi(b) - Phi(a)) for a < b, without cancellation."
+    "log (Phi(b) - Phi(a)) for a < b, accurate in both tails."
     flip = a+b > 0
     a, b = torch.where(flip, -b, a), torch.where(flip, -a, b)     # by symmetry: now the middle is <= 0
     inside = b > 0                                                # the interval holds zero
     a0, b0 = torch.where(inside, a, -1), torch.where(inside, b, 1)
     straddle = (.5*(torch.erf(b0/math.sqrt(2)) - torch.erf(a0/math.sqrt(2)))).log()
     a1, b1 = torch.where(inside, -2, a), torch.where(inside, -1, b)
-    drop = (-(b1-a1)*(-(a1+b1)/2)).exp()                          # exp(-(a^2-b^2)/2), never a difference of squares
+    drop = ((b1-a1)*(a1+b1)/2).exp()                              # exp(-(a^2-b^2)/2), never a difference of squares
     scaled = torch.special.erfcx(-b1/math.sqrt(2)) - torch.special.erfcx(-a1/math.sqrt(2))*drop
     tail = -b1**2/2 + scaled.log() - math.log(2)
     return torch.where(inside, straddle, tail)
@@ -83,4 +88,4 @@ def check_grid(
     "Raise unless every value is a gray level scaled by `to_model_range`: else eq. 13 would be the likelihood of other data."
     level = (x0.float()+1)/2*(levels-1)
     off = (level - level.round().clamp(0, levels-1)).abs().max()
-    if off > .05: raise ValueError(f"images must be gray levels 0..{levels-1} scaled to [-1, 1] (see to_model_range); one value is {off:.2g} levels away from any")
+    if not off <= .05: raise ValueError(f"images must be gray levels 0..{levels-1} scaled to [-1, 1] (see to_model_range); one value is {off:.2g} levels away from any")

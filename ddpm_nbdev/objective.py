@@ -19,13 +19,14 @@ from .posterior import q_posterior_mean_variance
 from .reverse import MEANS, VARIANCES, choose, p_mean_variance, split_output
 from .schedule import NoiseSchedule, check_steps
 
-# %% ../nbs/09_objective.ipynb #0f89cacf
-TARGETS = {
+# %% ../nbs/09_objective.ipynb #113d1951
+TARGETS = {  # each: (sched, x0, xt, eps `(b, c, ...)`, t `(b,)`) -> what the model should return, `(b, c, ...)`
     'eps': lambda sched, x0, xt, t, eps: eps,
     'x0':  lambda sched, x0, xt, t, eps: x0,
     'mu':  lambda sched, x0, xt, t, eps: q_posterior_mean_variance(sched, x0, xt, t)[0],
 }
 
+# each loss: (sched, model, x0 (b, c, ...), t (b,), noise (b, c, ...), mean, variance, levels) -> (b,)
 def simple_loss(sched, model, x0, t, noise, mean, variance, levels):
     "Mean squared error of what the model predicts, eq. 14."
     if variance == 'learned':
@@ -54,7 +55,7 @@ def training_losses(
     objective:str='simple',              # 'simple' (eq. 14) or 'vlb' (eq. 5)
     levels:int=256,                      # gray levels, for the decoder in 'vlb'
 )->Tensor:                               # `(b,)`; 'simple': squared error per dimension; 'vlb': nats per dimension of one term
-    "Algorithm 1, lines 2 to 5: draw t and eps, noise the image, compare."
+    "Algorithm 1, lines 3 to 5 up to the gradient: draw t and eps, noise the image, compare. Raises ValueError for unknown choices, wrong steps and 'simple' with 'learned'."
     for table, what, name in ((MEANS, 'mean', mean), (VARIANCES, 'variance', variance)): choose(table, what, name)
     loss = choose(OBJECTIVES, 'objective', objective)
     if t is None: t = torch.randint(1, sched.T+1, (len(x0),), generator=generator, device=x0.device)

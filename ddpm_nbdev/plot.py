@@ -28,6 +28,7 @@ def image_grid(
     if x.ndim != 4 or x.shape[1] not in (1, 3) or len(x) == 0:
         raise ValueError(f"images must be (b, c, h, w) with c = 1 or 3 and b > 0, got {tuple(x.shape)}")
     x = x.detach().cpu()
+    if x.dtype == torch.uint8 and int(x.max()) >= levels: raise ValueError(f"gray levels must lie in 0..{levels-1}, got {x.max()}")
     x = x.float()/(levels-1) if x.dtype == torch.uint8 else (x.float().clamp(-1, 1)+1)/2
     x = (x.nan_to_num()*255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     b, ncol = len(x), ncol or math.ceil(math.sqrt(len(x)))

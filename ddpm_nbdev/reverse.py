@@ -30,7 +30,8 @@ def predict_x0(
     check_steps(sched, t)
     return (xt - extract((1-sched.alpha_bar).sqrt(), t, xt)*eps) / extract(sched.alpha_bar.sqrt(), t, xt)
 
-# %% ../nbs/06_reverse.ipynb #b95ef3d9
+# %% ../nbs/06_reverse.ipynb #e0794cf1
+# each: (sched, xt (b, c, ...), t (b,), out (b, c, ...), clip) -> mu (b, c, ...), x_0-hat (b, c, ...)
 def mean_from_eps(sched, xt, t, out, clip):
     "The network predicts eps: eq. 15, clamp, then eq. 7."
     x0 = clip(predict_x0(sched, xt, t, out))
@@ -48,7 +49,8 @@ def mean_from_mu(sched, xt, t, out, clip):
 
 MEANS = {'eps': mean_from_eps, 'x0': mean_from_x0, 'mu': mean_from_mu}
 
-# %% ../nbs/06_reverse.ipynb #a07bd3ac
+# %% ../nbs/06_reverse.ipynb #6bd21e13
+# each: (sched, xt (b, c, ...), t (b,), raw network output (b, c, ...) or None) -> log sigma^2 (b, c, ...)
 def log_variance_beta(sched, xt, t, raw):
     "sigma_t^2 = beta_t, but beta-tilde_2 at t = 1, so that the decoder sees the small variance."
     table = sched.beta.log()
@@ -65,8 +67,12 @@ def log_variance_learned(sched, xt, t, raw):
 
 VARIANCES = {'beta': log_variance_beta, 'beta_tilde': log_variance_beta_tilde, 'learned': log_variance_learned}
 
-def choose(table, what, name):
-    "table[name], or a ValueError that lists what is known."
+def choose(
+    table:dict, # what is known, by name
+    what:str,   # what kind of thing it is, for the message
+    name:str,   # the choice
+):              # table[name]
+    "Look a choice up, or raise a ValueError that lists what is known."
     if name not in table: raise ValueError(f"unknown {what} {name!r}; known: {', '.join(table)}")
     return table[name]
 
@@ -128,12 +134,12 @@ def p_sample_progressive(
     model:Callable,                      # model(xt, t)
     xT:Tensor,                           # the start, N(0, I), `(b, c, ...)`
     generator:torch.Generator|None=None, # source of the steps' noise
-    start:int|None=None,                 # begin at x_start instead of x_T
+    start:int|None=None,                 # `xT` is x_start, 0..T; None means T
     **kw,                                # mean, variance, clip: as `p_mean_variance`
 )->Iterator[tuple[int,Tensor,Tensor]]:   # (t, x_{t-1}, x_0-hat) for t = T..1
     "Algorithm 2, step by step."
     x = xT
-    for t in range(start or sched.T, 0, -1):
+    for t in range(sched.T if start is None else start, 0, -1):
         x, out = p_sample(sched, model, x, torch.full((len(x),), t, device=x.device), generator=generator, **kw)
         yield t, x, out.x0
 

@@ -51,10 +51,12 @@ class NoiseSchedule:
         if torch.device(device).type == 'mps': return self
         return NoiseSchedule(self.beta.to(device), self.alpha.to(device), self.alpha_bar.to(device))
 
-# %% ../nbs/01_schedule.ipynb #6c46d0e2
-def check_T(T):
-    "Raise unless T is a whole number of steps, at least 1."
-    if isinstance(T, bool) or int(T) != T or T < 1: raise ValueError(f"T must be a whole number of steps, at least 1, got {T}")
+# %% ../nbs/01_schedule.ipynb #e7ea9420
+def check_T(
+    T,  # anything
+):
+    "Raise a ValueError unless T is a whole number of steps, at least 1."
+    if isinstance(T, bool) or not isinstance(T, (int, float)) or T < 1 or T % 1 != 0: raise ValueError(f"T must be a whole number of steps, at least 1, got {T}")
 
 def linear_schedule(
     T:int=1000,        # number of steps
@@ -90,21 +92,23 @@ def check_steps(
     t:Tensor,            # steps, `(b,)`, integers
 ):
     "Raise a ValueError unless every step is an integer in 1..T. (On a GPU, where looking would mean waiting, only the type is checked.)"
+    if not isinstance(t, Tensor) or t.ndim != 1: raise ValueError(f"t must be a tensor of steps, (b,), one for each image, got {t if not isinstance(t, Tensor) else tuple(t.shape)}")
     if t.is_floating_point() or t.dtype == torch.bool: raise ValueError(f"t must be integers in 1..{sched.T}, got {t.dtype}")
     if t.device.type != 'cpu': return
     bad = (t < 1) | (t > sched.T)
     if bad.any(): raise ValueError(f"t must lie in 1..{sched.T} (the paper's count), got t = {t[bad][0].item()}")
 
 def cast_like(
-    coef:Tensor,  # one float64 number per example, `(b,)`
+    coef:Tensor,  # one float64 number per example, `(b,)`, or `(1,)` for all of them
     like:Tensor,  # the images it will multiply, `(b, ...)`
 )->Tensor:        # `(b, 1, ..., 1)` with the dtype and device of `like`
     "The last thing done to a coefficient: cast to the image's dtype, shape to broadcast."
+    if len(coef) not in (1, len(like)): raise ValueError(f"one t per image is needed: got {len(coef)} for {len(like)} images")
     return coef.to(like.device, like.dtype).reshape(-1, *[1]*(like.ndim-1))
 
 def extract(
     table:Tensor,  # `(T+1,)` float64, indexed by t
-    t:Tensor,      # steps, `(b,)`, int64
+    t:Tensor,      # steps, `(b,)`, int64, or `(1,)` for all images
     like:Tensor,   # the images the entries will multiply, `(b, ...)`
 )->Tensor:         # `(b, 1, ..., 1)` with the dtype and device of `like`
     "Gather table[t], one entry per example, ready to multiply images."

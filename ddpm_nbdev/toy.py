@@ -85,6 +85,7 @@ def swirl(
     generator:torch.Generator|None=None, # source of randomness
 )->Tensor:                               # `(n, 2)` uint8 in 0..levels-1
     "A spiral of one and a half turns in the plane, rounded to pixels: two-dimensional 'images' of 8 bits."
+    if not 2 <= levels <= 256: raise ValueError(f"levels must be from 2 to 256, got {levels}")
     u = torch.rand(n, generator=generator, dtype=torch.float64).sqrt()             # even along the arm
     angle = 3*math.pi*u
     xy = torch.stack([angle.cos(), angle.sin()], 1)*(.9*u)[:, None]
