@@ -261,5 +261,5 @@ def image256_large_unet(**kw)->UNet:
 
 def digits_unet(**kw)->UNet:
     "The same network in small, for gray 8x8 digits."
-    args = dict(in_channels=1, ch=24, ch_mult=(1,2), num_res_blocks=1, attn_resolutions=(4,), resolution=8, groups=8)
+    args = dict(in_channels=1, ch=16, ch_mult=(1,2), num_res_blocks=1, attn_resolutions=(4,), resolution=8, groups=8)
     return UNet(**args | kw)
