@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from fastprogress.fastprogress import progress_bar
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .bound import prior_kl, vlb_terms
@@ -275,7 +276,7 @@ def save(self:DDPM,
     path, cfg = Path(path), ddpm_config(self)
     path.mkdir(parents=True, exist_ok=True)
     tmp = path/'model.safetensors.tmp'
-    save_file({k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}, tmp)
+    tmp.write_bytes(safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}))
     os.replace(tmp, path/'model.safetensors')
     write_json(path/'config.json', cfg)
 
