@@ -65,6 +65,9 @@ def vlb_terms(
     true_mean, _ = q_posterior_mean_variance(sched, x0, xt, t)
     log_var = extract(clipped_posterior_log_variance(sched), t, x0)               # finite at t = 1, where it is not used
     terms, first = mean_flat(normal_kl(true_mean, log_var, out.mean, out.log_variance)), t == 1
-    if t.device.type != 'cpu' or first.any():                                     # a GPU would have to wait to know
+    if t.device.type != 'cpu':                                                    # a GPU would have to wait to know where
         terms = torch.where(first, -mean_flat(decoder(x0, out.mean, out.log_variance)), terms)
+    elif first.any():
+        L_0 = -mean_flat(decoder(x0[first], out.mean[first], out.log_variance[first]))
+        terms = terms.index_put((first,), L_0.to(terms.dtype))
     return terms, out

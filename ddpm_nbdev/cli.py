@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Parser', 'make_parser', 'one_line', 'command', 'choose_device', 'settings_of_run', 'describe_bits', 'ddpm_train',
-           'find_model', 'free_name', 'chain_name', 'ddpm_sample', 'main']
+           'find_model', 'free_name', 'chain_name', 'ddpm_sample', 'data_of', 'table_row', 'ddpm_evaluate', 'main']
 
-# %% ../nbs/20_cli.ipynb #92a79c1b
+# %% ../nbs/20_cli.ipynb #67f92688
 import argparse
 import inspect
+import json
 import shlex
 import sys
 import time
@@ -19,9 +20,10 @@ from pathlib import Path
 import torch
 from fastcore.docments import docments
 
-from .data import load_dataset
+from .data import Dataset, load_dataset
 from .ddpm import DDPM, WeightsError, write_json
-from .train import (ConfigError, Interrupted, TrainConfig, can_show_progress, check_folder, draw_samples, load_checkpoint, preset,
+from .likelihood import Likelihood, evaluate_bits_per_dim, rate_distortion
+from .train import (ConfigError, Interrupted, TrainConfig, can_show_progress, check_folder, draw_samples, fast_layout, load_checkpoint, preset,
                               read_checkpoint, report, save_samples, train)
 
 # %% ../nbs/20_cli.ipynb #a76763ac
@@ -82,7 +84,7 @@ def settings_of_run(
     "The settings that a run began with."
     saved = read_checkpoint(out/'checkpoint.safetensors')[1]['config']
     if saved['dataset'] != dataset: raise ValueError(f"{out} holds a run on {saved['dataset']}, not {dataset}")
-    return TrainConfig(**{f.name: saved[f.name] for f in fields(TrainConfig)})
+    return TrainConfig(**{f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved})
 
 def describe_bits(
     part:str,   # 'train' or 'test'
@@ -125,7 +127,7 @@ def ddpm_train(
     trained = read_checkpoint(out/'checkpoint.safetensors')[1]['seconds']
     say(f"\ntrained in {trained:.0f} s; now sampling and measuring")
     start = time.perf_counter()
-    samples = draw_samples(ddpm, cfg.sample_n, cfg.seed, progress=not quiet and can_show_progress())
+    samples = draw_samples(ddpm, 64, cfg.seed, progress=not quiet and can_show_progress())
     save_samples(samples, out/'samples.png', data.levels)
     metrics = {'seconds_training': round(trained, 1), **report(ddpm, data, samples), 'seconds_measuring': round(time.perf_counter()-start, 1),
                'parameters': sum(p.numel() for p in ddpm.model.parameters()), 'config': asdict(cfg)}
@@ -146,19 +148,21 @@ def find_model(
 )->DDPM:
     "A trained model; a folder that holds one goes before a name."
     folder = Path(what)
-    if (folder/'model.safetensors').exists(): return DDPM.load(folder, device)
-    if (folder/'checkpoint.safetensors').exists(): return load_checkpoint(folder, device=device)
+    if (folder/'model.safetensors').exists(): return fast_layout(DDPM.load(folder, device))
+    if (folder/'checkpoint.safetensors').exists(): return fast_layout(load_checkpoint(folder, device=device))
     if folder.is_dir() and len(folder.parts) != 1: raise WeightsError(f"{folder}: no model.safetensors and no checkpoint.safetensors there, so no run to sample from")
-    try: return DDPM.from_pretrained(what, device)
+    try: return fast_layout(DDPM.from_pretrained(what, device))
     except WeightsError as e: raise WeightsError(f"{e}; and there is no run in a folder {what}") from e
 
 def free_name(
-    what:str,  # what is sampled
-)->Path:       # a PNG in the current folder that does not exist, nor does its chain
+    what:str,               # what is sampled or evaluated
+    kind:str='samples',     # of file
+    suffix:str='.png',      # its ending
+)->Path:                    # a file in the current folder that does not exist, nor does its chain
     "digits_samples.png, digits_samples_2.png, ..."
-    stem, i = f"{Path(what).resolve().name}_samples", 1
+    stem, i = f"{Path(what).resolve().name}_{kind}", 1
     while True:
-        path = Path(f"{stem}_{i}.png" if i > 1 else f"{stem}.png")
+        path = Path(f"{stem}_{i}{suffix}" if i > 1 else f"{stem}{suffix}")
         if not path.exists() and not chain_name(path).exists(): return path
         i += 1
 
@@ -202,10 +206,72 @@ def ddpm_sample(
         if shown: print(f"wrote {chain_name(out)}, t = {' '.join(map(str, reversed(moments)))}")
     return out
 
+# %% ../nbs/20_cli.ipynb #3070c830
+def data_of(
+    what:str,          # a run's folder, or a shipped model's name
+    dataset:str|None,  # what the user asked for; None: what the model was trained on
+    ddpm:DDPM,         # for the shape of its images
+)->Dataset:
+    "The images to evaluate on, which must fit the model."
+    checkpoint, size, channels = Path(what)/'checkpoint.safetensors', ddpm.shape[-1], ddpm.shape[0]
+    if dataset is None and checkpoint.exists(): dataset = read_checkpoint(checkpoint)[1]['config']['dataset']
+    if dataset is None and Path(what).is_dir(): raise ValueError(f"{what} does not say what it was trained on: name it with --dataset")
+    data = load_dataset(dataset or what, size, channels)
+    if (data.shape, data.levels) != (ddpm.shape, ddpm.levels):
+        raise ValueError(f"{dataset or what} has images {data.shape} with {data.levels} levels, the model is for {ddpm.shape} with {ddpm.levels} levels")
+    return data
+
+def table_row(
+    name:str,      # 'train' or 'test'
+    r:Likelihood,  # its bits
+    rmse:float,    # root-mean-square error of x_0-hat at t = 1, scale 0..255
+)->str:
+    "Bits/dim in the sense of Table 1, rate and distortion in the sense of section 4.3."
+    return f"{name:6}{r.total:9.3f} +- {r.total_error:.3f}{r.L_T:11.1e}{r.L_mid:11.3f}{r.L_0:11.3f}{r.L_T+r.L_mid:11.3f}{rmse:9.2f}{r.n:9}"
+
+@command
+def ddpm_evaluate(
+    what:str,              # the folder of a run, or 'digits', the model that ships with the package
+    dataset:str=None,      # images to evaluate on (default: what it was trained on)
+    steps:int=20,          # random steps per image
+    exact:bool=False,      # every step for every image instead
+    images:int=None,       # how many training and test images (default: all of them)
+    curve_images:int=16,   # test images evaluated at every step, for rate and distortion
+    seed:int=0,            # of the noise
+    out:str=None,          # the JSON file (default: metrics.json of the run, or a free name in the current folder)
+    device:str=None,       # cpu, cuda, cuda:1, ... (default: a GPU if there is one)
+    quiet:bool=False,      # print nothing but errors
+)->dict:                   # what was added to the file, under 'evaluation'
+    "Measure bits/dim, rate and distortion of a trained model."
+    for name, v in (('steps', steps), ('images', images), ('curve-images', curve_images)):
+        if v is not None and v < 1: raise ConfigError(f"{name} must be at least 1, got {v}")
+    if not 0 <= seed < 2**32: raise ConfigError(f"seed must be from 0 to 2**32-1, got {seed}")
+    start, ddpm = time.perf_counter(), find_model(what, choose_device(device))
+    data = data_of(what, dataset, ddpm)
+    path = Path(out) if out else Path(what)/'metrics.json' if Path(what).is_dir() else free_name(what, 'metrics', '.json')
+    old = json.loads(path.read_text()) if path.exists() else {}
+    progress = not quiet and can_show_progress()
+    measure = lambda x, k: evaluate_bits_per_dim(ddpm, x, torch.Generator().manual_seed(seed), k, progress=progress)
+    found = {part: measure(x[:images], None if exact else steps) for part, x in (('train', data.train), ('test', data.test))}
+    curve = found['test'] if exact else measure(data.test[:curve_images], None)
+    rmse = {part: 127.5*r.mse[1].sqrt().item() for part, r in found.items()}
+    evaluation = {**{part: {k: v for k, v in r.to_dict().items() if k not in ('terms', 'errors', 'mse', 'counts')} | {'rmse': rmse[part]} for part, r in found.items()},
+                  'steps_per_image': ddpm.sched.T if exact else min(steps+1, ddpm.sched.T), 'seed': seed,
+                  'curve': {'images': curve.n, 'terms': curve.to_dict()['terms'], **{k: v.tolist() for k, v in rate_distortion(curve).items()}},
+                  'seconds': round(time.perf_counter()-start, 1)}
+    write_json(path, {**old, 'evaluation': evaluation})
+    if not quiet:
+        print(f"\n{what}{'':4}bits/dim{'':8}{'L_T':>8}{'L_1:T-1':>11}{'L_0':>11}{'rate':>11}{'RMSE':>9}{'images':>9}")
+        for part, r in found.items(): print(table_row(part, r, rmse[part]))
+        late = int((rate_distortion(curve)['rate'] < curve.total/2).sum())
+        print(f"half of the bits are received after {late} of {ddpm.sched.T} reverse steps ({curve.n} images at every step)")
+        print(f"{evaluation['seconds']:.0f} s; wrote {path}")
+    return evaluation
+
 # %% ../nbs/20_cli.ipynb #a35f6546
 def main():
     "Run a command by name."
-    commands = {'train': ddpm_train, 'sample': ddpm_sample}
+    commands = {'train': ddpm_train, 'sample': ddpm_sample, 'evaluate': ddpm_evaluate}
     name = ''.join(sys.argv[1:2]).removeprefix('ddpm_')
     usage = f"usage: python -m ddpm_nbdev.cli {{{','.join(commands)}}} ... (--help after one of them says more)"
     if name not in commands:

@@ -46,11 +46,11 @@ def eval_mode(
     model:Callable, # a module, or any callable (left alone)
 ):
     "Put the model in eval mode (dropout off) inside the block, then restore its mode."
-    was = getattr(model, 'training', False)
-    if was: model.eval()
+    was = [m for m in getattr(model, 'modules', list)() if m.training]     # a part that was in eval mode stays in it
+    for m in was: m.training = False
     try: yield
     finally:
-        if was: model.train()
+        for m in was: m.training = True
 
 # %% ../nbs/10_ddpm.ipynb #a7e243f1
 def count_steps(
@@ -157,6 +157,7 @@ class DDPM:
         batch_size:int=512,   # (image, t) pairs per network call
     )->Iterator[tuple]:       # (i, t, weight, nats, p): which image, which step, weight and value of its term, all `(b,)`, and PMeanVariance
         "The terms of eq. 5, in batches of (image, t) pairs; all t of one image follow each other."
+        if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         ts, ws = choose_steps(key, index, self.sched.T, steps)
         decoder = partial(discretized_gaussian_log_likelihood, levels=self.levels)
         pairs = len(x0)*ts.shape[1]
@@ -165,7 +166,8 @@ class DDPM:
                 pair = torch.arange(start, min(start+batch_size, pairs), device=x0.device)
                 i, j = pair // ts.shape[1], pair % ts.shape[1]                        # which image, which of its steps
                 t, w = ts[i % len(ts), j], ws[i % len(ts), j]
-                nats, p = vlb_terms(self.sched, self.p, decoder, x0[i], t, indexed_noise(key, index[i], t, x0[i]))
+                x = x0[i]
+                nats, p = vlb_terms(self.sched, self.p, decoder, x, t, indexed_noise(key, index[i], t, x))
                 yield i, t, w, nats, p
 
     def bits_per_dim(self,

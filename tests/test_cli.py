@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_nbdev import cli
 from ddpm_nbdev import train as train_module
-from ddpm_nbdev.cli import ddpm_sample, ddpm_train, make_parser, one_line
+from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train, make_parser, one_line
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM
+from ddpm_nbdev.decoder import to_model_range
 from ddpm_nbdev.train import digit_classifier, load_checkpoint, read_checkpoint, read_log
 
 torch.set_num_threads(1)
@@ -108,7 +109,7 @@ def test_train_writes_and_says_everything(call, here):
     assert "to sample again: ddpm_sample runs/digits" in out
     metrics = json.loads((run/"metrics.json").read_text())
     assert {"bits_per_dim", "classifier", "seconds_training", "seconds_measuring", "parameters", "config"} <= metrics.keys()
-    assert metrics["classifier"]["samples"]["images"] == metrics["config"]["sample_n"] and metrics["config"]["T"] == 4
+    assert metrics["classifier"]["samples"]["images"] == 64 and metrics["config"]["T"] == 4
     assert set(metrics["bits_per_dim"]["test"]) == {"total", "L_T", "L_1:T-1", "L_0", "standard_error", "images", "steps_per_image"}
     config = json.loads((run/"config.json").read_text())
     assert config["levels"] == 17 and config["shape"] == [1, 8, 8]
@@ -279,7 +280,7 @@ def test_read_only_folder(call, here):
 def test_folder_that_holds_a_run(call, run):
     before = contents(run)
     failed(call(ddpm_train, "digits", *QUICK, "--out", run), 1, "already holds a run", "--resume", "--overwrite")
-    failed(call(ddpm_train, "digits", "--lr", .5, "--out", run, "--resume"), 1, "lr was 0.002, is now 0.5")
+    failed(call(ddpm_train, "digits", "--lr", .5, "--out", run, "--resume"), 1, "lr was 0.004, is now 0.5")
     failed(call(ddpm_train, "folder:x", "--out", run, "--resume"), 1, "holds a run on digits, not folder:x")
     failed(call(ddpm_train, "digits", "--out", run, "--resume", "--steps", 2), 1, "already at step 4")
     assert contents(run) == before
@@ -405,3 +406,48 @@ def test_ctrl_c_and_on(here):
     p = shell("train", *again.split(), "--steps", step)     # as printed, and no further
     assert p.returncode == 0, p.stderr
     assert (here/"run/metrics.json").exists()
+
+
+def evaluated(path): return json.loads(path.read_text())["evaluation"]
+
+
+def test_evaluate_adds_to_the_metrics_of_a_run(call, run):
+    before = json.loads((run/"metrics.json").read_text())
+    status, out, err = call(ddpm_evaluate, run, "--images", 6, "--exact")
+    assert (status, err) == (0, "")
+    after = json.loads((run/"metrics.json").read_text())
+    found = after.pop("evaluation")
+    assert after == before
+    assert re.search(r"^test +\d+\.\d{3} \+- \d+\.\d{3}", out, re.M) and str(run/"metrics.json") in out
+    direct = DDPM.load(run).bits_per_dim(to_model_range(load_dataset("digits").test[:6], 17), torch.Generator().manual_seed(0))
+    assert found["test"]["total"] == pytest.approx(direct.total.mean().item(), rel=1e-5)
+    assert found["test"]["L_mid"] == pytest.approx(direct.L_mid.mean().item(), rel=1e-5)
+    assert found["curve"]["rate"][-1] + found["test"]["L_0"] == pytest.approx(found["test"]["total"], rel=1e-5)
+    assert len(found["curve"]["rate"]) == 4 and found["steps_per_image"] == 4
+
+
+def test_evaluate_shipped_model_writes_beside_what_is_there(call, here):
+    (here/"digits_metrics.json").write_text("mine")
+    status, out, err = call(ddpm_evaluate, "digits", "--images", 2, "--steps", 1, "--curve-images", 1)
+    assert (status, err) == (0, "") and (here/"digits_metrics.json").read_text() == "mine"
+    assert evaluated(here/"digits_metrics_2.json")["test"]["n"] == 2
+
+
+@pytest.mark.parametrize("args, status, says", [
+    (["nothing"], 1, "nothing"),
+    (["digits", "--images", "0"], 2, "images must be at least 1"),
+    (["digits", "--steps", "0"], 2, "steps must be at least 1"),
+    (["digits", "--dataset", "mnist"], 1, "unknown dataset"),
+])
+def test_evaluate_says_what_is_wrong_in_one_line(call, here, args, status, says):
+    found, out, err = call(ddpm_evaluate, *args)
+    assert found == status and says in err and err.count("\n") == 1 and "Traceback" not in err
+    assert not list(here.glob("*.json"))
+
+
+def test_evaluate_refuses_images_that_do_not_fit(call, run, pictures):
+    status, _, err = call(ddpm_evaluate, run, "--dataset", f"folder:{pictures}")
+    assert status == 1 and "the model is for (1, 8, 8) with 17 levels" in err
+    (run/"checkpoint.safetensors").unlink()
+    status, _, err = call(ddpm_evaluate, run)
+    assert status == 1 and "--dataset" in err

@@ -29,12 +29,12 @@ def anchors(name):
 
 ROWS = {r[0]: r for r in rows()}
 WANTED = ([f"Eq. {i}" for i in range(1, 17)] + [f"Alg. {i}" for i in range(1, 5)] + [f"Fig. {i}" for i in range(1, 11)]
-          + ["Table 1", "Table 2", "App. A", "App. B", "App. C"])
+          + [f"Table {i}" for i in range(1, 5)] + ["App. A", "App. B", "App. C"])
 
 
 def test_every_part_of_the_paper_has_a_row():
     assert list(ROWS) == WANTED
-    assert {r[5] for r in ROWS.values()} <= {"done", "later", "not at paper scale"}
+    assert {r[5] for r in ROWS.values()} <= {"done", "done at small scale", "later", "not at paper scale"}
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
@@ -50,7 +50,7 @@ def test_row(row):
     for name in re.findall(r"`([\w.]+)`", code):
         module, _, attr = name.rpartition(".")
         assert hasattr(importlib.import_module(f"ddpm_nbdev.{module}"), attr), f"{paper}: no {name}"
-    if status == "done" and paper.startswith(("Eq", "Alg")):
+    if status == "done at small scale" or status == "done" and paper.startswith(("Eq", "Alg")):
         assert "`" in code and "](" in derived and "](" in checked, f"{paper} is done but lacks its derivation, code or check"
         page, _, anchor = re.search(r"\]\(([^)]+)\)", checked)[1].partition("#")
         body = section(page, anchor) if anchor else "\n".join(cells(page, "code"))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from ddpm_nbdev import train as T
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM, WeightsError
+from ddpm_nbdev.unet import digits_unet
 from ddpm_nbdev.train import (EMA, PRESETS, ConfigError, Interrupted, RunFolder, TrainConfig, TrainingDiverged, build_ddpm, build_model, draw_samples,
                               learning_rate, load_checkpoint, preset, read_checkpoint, read_log, small_unet_args, train, write_whole)
 
@@ -378,6 +379,10 @@ def test_presets_are_consistent():
     for name, cfg in PRESETS.items(): assert json.loads(json.dumps(asdict(cfg))) == asdict(cfg), name
     assert asdict(replace(PRESETS["cifar10"], dataset="x", flip=None, model_args={}, dropout=0.)) == asdict(TrainConfig("x"))
     assert preset("folder:a/b", steps=3).dataset == "folder:a/b"
+
+
+def test_digits_preset_is_digits_unet():
+    assert build_model(preset("digits"), (1, 8, 8)).config == digits_unet().config
 
 
 def test_cifar10_preset_is_the_papers_network():
