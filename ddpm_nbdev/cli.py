@@ -61,8 +61,10 @@ def command(
         options = vars(parser.parse_args())
         try: func(**options)
         except ConfigError as e: parser.error(one_line(e))
-        except KeyboardInterrupt as e: parser.exit(130, f"\n{parser.prog}: {one_line(e) if isinstance(e, Interrupted) else 'interrupted'}\n")
-        except (torch.cuda.OutOfMemoryError, MemoryError): parser.exit(1, f"{parser.prog}: out of memory: a smaller batch or network might fit\n")
+        except KeyboardInterrupt as e:
+            parser.exit(130, f"\n{parser.prog}: {one_line(e) if isinstance(e, Interrupted) else 'interrupted'}\n")
+        except (torch.cuda.OutOfMemoryError, MemoryError):
+            parser.exit(1, f"{parser.prog}: out of memory: a smaller batch or network might fit\n")
         except (ValueError, OSError) as e: parser.exit(1, f"{parser.prog}: {one_line(e)}\n")
     return run
 
@@ -73,7 +75,8 @@ def choose_device(
     "A device that works, or a one-line error."
     name = name or ('cuda' if torch.cuda.is_available() else 'cpu')
     try: torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as e: raise ValueError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from e
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ValueError(f"device {name!r} cannot be used: {str(e).splitlines()[0]}") from e
     return name
 
 # %% ../nbs/20_cli.ipynb #df9fa32e
@@ -122,7 +125,8 @@ def ddpm_train(
     device, data = choose_device(device), load_dataset(cfg.dataset, cfg.size, cfg.channels)
     c, h, w = data.shape
     say(f"{dataset}: {len(data.train)} training and {len(data.test)} test images, {c}x{h}x{w}, {data.levels} levels; {cfg.steps} steps on {device}, in {out}")
-    if cfg.T < 500 and not cfg.schedule_args: say(f"note: with T={cfg.T} the linear schedule, made for T=1000, does not end in pure noise; L_T below says how far off it is")
+    if cfg.T < 500 and not cfg.schedule_args:
+        say(f"note: with T={cfg.T} the linear schedule, made for T=1000, does not end in pure noise; L_T below says how far off it is")
     ddpm = train(cfg, out, device, resume, overwrite, progress=not quiet, data=data)
     trained = read_checkpoint(out/'checkpoint.safetensors')[1]['seconds']
     say(f"\ntrained in {trained:.0f} s; now sampling and measuring")
@@ -150,7 +154,8 @@ def find_model(
     folder = Path(what)
     if (folder/'model.safetensors').exists(): return fast_layout(DDPM.load(folder, device))
     if (folder/'checkpoint.safetensors').exists(): return fast_layout(load_checkpoint(folder, device=device))
-    if folder.is_dir() and len(folder.parts) != 1: raise WeightsError(f"{folder}: no model.safetensors and no checkpoint.safetensors there, so no run to sample from")
+    if folder.is_dir() and len(folder.parts) != 1:
+        raise WeightsError(f"{folder}: no model.safetensors and no checkpoint.safetensors there, so no run to sample from")
     try: return fast_layout(DDPM.from_pretrained(what, device))
     except WeightsError as e: raise WeightsError(f"{e}; and there is no run in a folder {what}") from e
 
@@ -215,7 +220,8 @@ def data_of(
     "The images to evaluate on, which must fit the model."
     checkpoint, size, channels = Path(what)/'checkpoint.safetensors', ddpm.shape[-1], ddpm.shape[0]
     if dataset is None and checkpoint.exists(): dataset = read_checkpoint(checkpoint)[1]['config']['dataset']
-    if dataset is None and Path(what).is_dir(): raise ValueError(f"{what} does not say what it was trained on: name it with --dataset")
+    if dataset is None and Path(what).is_dir():
+        raise ValueError(f"{what} does not say what it was trained on: name it with --dataset")
     data = load_dataset(dataset or what, size, channels)
     if (data.shape, data.levels) != (ddpm.shape, ddpm.levels):
         raise ValueError(f"{dataset or what} has images {data.shape} with {data.levels} levels, the model is for {ddpm.shape} with {ddpm.levels} levels")

@@ -47,7 +47,8 @@ def load_digits(
 )->Dataset:                  # 1437 + 360 images `(1, 8, 8)` with 17 levels
     "The UCI handwritten digits that ship with the package."
     if path is not None: raise ValueError(f"'digits' takes no path, got 'digits:{path}'")
-    if size not in (None, 8) or channels not in (None, 1): raise ValueError(f"digits are 8x8 with 1 channel, not size={size}, channels={channels}")
+    if size not in (None, 8) or channels not in (None, 1):
+        raise ValueError(f"digits are 8x8 with 1 channel, not size={size}, channels={channels}")
     data = safetensors.torch.load(files('ddpm_nbdev').joinpath('data/digits.safetensors').read_bytes())
     n = len(data['images'])
     test = (1111*torch.arange(n)) % n < 360
@@ -93,7 +94,8 @@ class Batches:
         flip:bool=False,  # mirror half of them?
         levels:int=256,   # gray levels
     ):
-        if not 1 <= batch_size <= len(images): raise ValueError(f"batch size {batch_size} does not fit {len(images)} training images: choose 1 to {len(images)}")
+        if not 1 <= batch_size <= len(images):
+            raise ValueError(f"batch size {batch_size} does not fit {len(images)} training images: choose 1 to {len(images)}")
         self.images, self.batch_size, self.seed, self.flip, self.levels = images, batch_size, seed, flip, levels
 
     def __call__(self,
@@ -146,7 +148,8 @@ def split_images(
     "Subfolders train and test if both are there; otherwise a tenth is held out, by the hash of the name."
     if (folder/'train').is_dir() and (folder/'test').is_dir(): return list_images(folder/'train'), list_images(folder/'test')
     found = list_images(folder)
-    if len(found) < 2: raise ValueError(f"only one image in {folder}: at least two are needed, one to train on and one to test")
+    if len(found) < 2:
+        raise ValueError(f"only one image in {folder}: at least two are needed, one to train on and one to test")
     by_hash = sorted(found, key=lambda p: hashlib.sha256(p.relative_to(folder).as_posix().encode()).digest())
     test = set(by_hash[:max(1, len(found)//10)])
     return [p for p in found if p not in test], [p for p in found if p in test]
@@ -181,7 +184,8 @@ def load_folder(
     except ValueError:
         read_all(partial(read_image, size=4, channels=1), train+test)   # names also the files whose head is sound
         raise
-    if size is None and min(sides) < 4: raise ValueError(f"{(train+test)[sides.index(min(sides))]} is only {min(sides)} pixels high or wide; remove it, or give a size")
+    if size is None and min(sides) < 4:
+        raise ValueError(f"{(train+test)[sides.index(min(sides))]} is only {min(sides)} pixels high or wide; remove it, or give a size")
     size = size or min(32, min(sides)//4*4)
     channels = channels or (1 if all(gray) else 3)
     x = torch.from_numpy(np.stack(read_all(partial(read_image, size=size, channels=channels), train+test)))

@@ -79,15 +79,18 @@ class TrainConfig:
         def need(names, ok, what):
             for n in names.split():
                 v = getattr(self, n)
-                if isinstance(v, bool) or not isinstance(v, (int, float)) or not ok(v): raise ConfigError(f"{n} must be {what}, got {v}")
+                if isinstance(v, bool) or not isinstance(v, (int, float)) or not ok(v):
+                    raise ConfigError(f"{n} must be {what}, got {v}")
         need('T steps batch_size log_every checkpoint_every sample_n', lambda v: v == int(v) and v >= 1, "a whole number, at least 1")
         need('warmup sample_every', lambda v: v == int(v) and v >= 0, "a whole number, at least 0")
         need('seed', lambda v: v == int(v) and 0 <= v < 2**32, "a whole number from 0 to 2**32-1")
         need('lr grad_clip', lambda v: 0 < v < math.inf, "a positive number")
         need('dropout ema_decay', lambda v: 0 <= v < 1, "at least 0 and below 1")
         for n, table in dict(mean=MEANS, variance=VARIANCES, objective=OBJECTIVES, model=ARCHITECTURES, schedule=SCHEDULES).items():
-            if getattr(self, n) not in table: raise ConfigError(f"unknown {n} {getattr(self, n)!r}; known: {', '.join(table)}")
-        if self.variance == 'learned' and self.objective == 'simple': raise ConfigError("variance='learned' needs objective='vlb': the variance does not occur in eq. 14")
+            if getattr(self, n) not in table:
+                raise ConfigError(f"unknown {n} {getattr(self, n)!r}; known: {', '.join(table)}")
+        if self.variance == 'learned' and self.objective == 'simple':
+            raise ConfigError("variance='learned' needs objective='vlb': the variance does not occur in eq. 14")
         try: SCHEDULES[self.schedule](T=self.T, **self.schedule_args)
         except (ValueError, TypeError) as e: raise ConfigError(f"schedule {self.schedule!r}: {e}") from e
 
@@ -245,7 +248,8 @@ class TrainState:
 
     def tensors(self)->dict[str,Tensor]:
         "All of the state that is tensors, by name."
-        parts = {'model': self.model.state_dict(), 'ema': self.ema.model.state_dict(), 'random': {'generator': self.generator.get_state(), 'torch': torch.get_rng_state()}}
+        parts = {'model': self.model.state_dict(), 'ema': self.ema.model.state_dict(),
+                 'random': {'generator': self.generator.get_state(), 'torch': torch.get_rng_state()}}
         if self.device.type == 'cuda': parts['random']['cuda'] = torch.cuda.get_rng_state(self.device)
         parts |= {f'adam.{i}': s for i, s in self.opt.state_dict()['state'].items()}
         return {f'{part}.{k}': v.detach().cpu().contiguous() for part, d in parts.items() for k, v in d.items()}
@@ -254,7 +258,8 @@ class TrainState:
         path:Path,  # the checkpoint to write
     ):
         "Write a checkpoint."
-        header = {'format': CHECKPOINT, 'step': self.step, 'seconds': self.seconds, 'data': self.data, 'config': asdict(self.cfg), 'ddpm': ddpm_config(self.ddpm)}
+        header = {'format': CHECKPOINT, 'step': self.step, 'seconds': self.seconds, 'data': self.data,
+                  'config': asdict(self.cfg), 'ddpm': ddpm_config(self.ddpm)}
         write_whole(path, safetensors.torch.save(self.tensors(), {k: json.dumps(v) for k, v in header.items()}))
 
     def not_finite(self)->str|None:
@@ -314,7 +319,8 @@ def check_folder(
     holds_checkpoint = (path/'checkpoint.safetensors').exists()
     holds_run = holds_checkpoint or (path/'model.safetensors').exists()
     if resume and overwrite: raise ConfigError("--resume and --overwrite exclude each other")
-    if holds_run and not (resume or overwrite): raise ValueError(f"{path} already holds a run: go on with it (--resume) or replace it (--overwrite)")
+    if holds_run and not (resume or overwrite):
+        raise ValueError(f"{path} already holds a run: go on with it (--resume) or replace it (--overwrite)")
     if resume and not holds_checkpoint: raise ValueError(f"nothing to resume: there is no checkpoint in {path}")
 
 class RunFolder:
@@ -340,8 +346,10 @@ class RunFolder:
         saved, now = header['config'], json.loads(json.dumps(asdict(state.cfg)))
         differ = [f"{k} was {saved.get(k)}, is now {v}" for k, v in now.items() if k not in RESUMABLE and saved.get(k) != v]
         if differ: raise ValueError(f"{self.path} cannot go on with other settings: {'; '.join(differ)}")
-        if header['data'] != state.data: raise ValueError(f"{self.path} cannot go on: the training images are not those it began with")
-        if state.cfg.steps < header['step']: raise ValueError(f"{self.path} is already at step {header['step']}, beyond the {state.cfg.steps} asked for")
+        if header['data'] != state.data:
+            raise ValueError(f"{self.path} cannot go on: the training images are not those it began with")
+        if state.cfg.steps < header['step']:
+            raise ValueError(f"{self.path} is already at step {header['step']}, beyond the {state.cfg.steps} asked for")
         state.load(self.checkpoint)
         self.saved_step = state.step
         keep = [row for row in read_log(self.path) if row['step'] <= state.step]
@@ -361,7 +369,8 @@ class RunFolder:
         "Fetch the pile and write a line; stop if a number in it is infinite or NaN."
         rows, self.pile = torch.stack(self.pile).cpu().double(), []
         bad = (~rows.isfinite().all(1)).nonzero().flatten()
-        if len(bad): raise self.diverged(state.step-len(rows)+int(bad[0])+1, "loss {:g}, gradient norm {:g}".format(*rows[bad[0]].tolist()))
+        if len(bad):
+            raise self.diverged(state.step-len(rows)+int(bad[0])+1, "loss {:g}, gradient norm {:g}".format(*rows[bad[0]].tolist()))
         loss, norm = rows.mean(0).tolist()
         row = dict(step=state.step, loss=loss, grad_norm=norm, lr=lr, seconds=round(state.seconds, 3))
         with open(self.log, 'a') as f: f.write(json.dumps(row)+'\n')
@@ -380,6 +389,13 @@ class RunFolder:
             if p.stem.isdecimal(): p.unlink()
         os.replace(self.log, self.final_log)
         self.log = self.final_log
+
+    def draw(self,
+        state:TrainState,  # for the average
+    ):
+        "Write a grid of samples, always from the same noise."
+        x = draw_samples(state.averaged(), state.cfg.sample_n, state.cfg.seed)
+        save_samples(x, self.path/f'samples/{state.step:06}.png', state.ddpm.levels)
 
     def diverged(self, step, what):
         "The error that ends a run, with the way back."
@@ -486,8 +502,9 @@ def train(
                 mean_loss = run.write_log(state, lr)
                 if bar is not todo: bar.comment = f"loss {mean_loss:.4f}"
             if save or draw: run.save(state)
-            if draw and not last: save_samples(draw_samples(state.averaged(), cfg.sample_n, cfg.seed), run.path/f'samples/{state.step:06}.png', data.levels)
-            if stop: raise Interrupted(f"stopped after step {state.step} of {cfg.steps}; to go on: {resume_command(cfg, out)}")
+            if draw and not last: run.draw(state)
+            if stop:
+                raise Interrupted(f"stopped after step {state.step} of {cfg.steps}; to go on: {resume_command(cfg, out)}")
     ddpm = state.averaged()
     ddpm.save(out)
     return ddpm
@@ -555,7 +572,8 @@ def classifier_confidence(
 )->dict:                  # JSON-able
     "How sure is the classifier that these are digits, and which?"
     top, which = classifier(x).softmax(1)[:, :10].max(1)
-    return {'above_.9': (top > .9).float().mean().item(), 'mean_top_probability': top.mean().item(), 'classes': which.bincount(minlength=10).tolist(), 'images': len(x)}
+    return {'above_.9': (top > .9).float().mean().item(), 'mean_top_probability': top.mean().item(),
+            'classes': which.bincount(minlength=10).tolist(), 'images': len(x)}
 
 # %% ../nbs/13_train.ipynb #967b6234
 def report(
@@ -568,5 +586,6 @@ def report(
     res = {'bits_per_dim': {part: estimate_bits_per_dim(ddpm, getattr(data, part)) for part in ('train', 'test')}}
     if data.name != 'digits': return res
     classifier, real = classifier or digit_classifier(data), to_model_range(data.test, data.levels)
-    cases = {'samples': to_model_range(samples, data.levels), 'held_out_digits': real, 'not_digits': not_digits(real, torch.Generator().manual_seed(0))}
+    cases = {'samples': to_model_range(samples, data.levels), 'held_out_digits': real,
+             'not_digits': not_digits(real, torch.Generator().manual_seed(0))}
     return res | {'classifier': {k: classifier_confidence(classifier, x) for k, x in cases.items()}}

@@ -17,7 +17,7 @@ from ddpm_nbdev import train as T
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM, WeightsError
 from ddpm_nbdev.unet import digits_unet
-from ddpm_nbdev.train import (EMA, PRESETS, ConfigError, Interrupted, RunFolder, TrainConfig, TrainingDiverged, build_ddpm, build_model, draw_samples,
+from ddpm_nbdev.train import (EMA, PRESETS, ConfigError, Interrupted, TrainConfig, TrainingDiverged, build_ddpm, build_model, draw_samples,
                               learning_rate, load_checkpoint, preset, read_checkpoint, read_log, small_unet_args, train, write_whole)
 
 torch.set_num_threads(1)
