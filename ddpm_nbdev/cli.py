@@ -29,7 +29,10 @@ from .train import (ConfigError, Interrupted, TrainConfig, can_show_progress, ch
 # %% ../nbs/20_cli.ipynb #a76763ac
 class Parser(argparse.ArgumentParser):
     "Says what is wrong with the usage in one line."
-    def error(self, message):
+    def error(self,
+        message:str,  # what is wrong
+    ):
+        "Say it on stderr and exit with status 2."
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 def make_parser(
