@@ -127,7 +127,7 @@ def build_ddpm(
 # %% ../nbs/13_train.ipynb #2931939a
 PRESETS = {
     'digits': TrainConfig('digits', model_args=dict(ch=16, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], groups=8),
-        steps=1300, batch_size=64, lr=4e-3, warmup=50, ema_decay=.995, ema_warmup=True, log_every=25, checkpoint_every=250, sample_every=0),
+        steps=1100, batch_size=64, lr=4e-3, warmup=50, ema_decay=.995, ema_warmup=True, log_every=25, checkpoint_every=250, sample_every=0),
     'folder': TrainConfig('folder', steps=3000, batch_size=32, lr=5e-4, warmup=200, dropout=.1, ema_decay=.999, ema_warmup=True,
         log_every=25, checkpoint_every=100, sample_every=1000),
     'cifar10': TrainConfig('cifar10', flip=True, model_args=dict(ch=128, ch_mult=[1, 2, 2, 2], num_res_blocks=2, attn_resolutions=[16]), dropout=.1),
