@@ -451,3 +451,15 @@ def test_evaluate_refuses_images_that_do_not_fit(call, run, pictures):
     (run/"checkpoint.safetensors").unlink()
     status, _, err = call(ddpm_evaluate, run)
     assert status == 1 and "--dataset" in err
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "mine"])
+def test_evaluate_leaves_other_files_alone(call, here, content):
+    (here/"a.json").write_text(content)
+    status, _, err = call(ddpm_evaluate, "digits", "--images", 1, "--steps", 1, "--curve-images", 1, "--out", "a.json")
+    assert status == 1 and "a.json is not a file of metrics" in err and (here/"a.json").read_text() == content
+
+
+def test_evaluate_makes_the_folder_of_its_file(call, here):
+    status, _, err = call(ddpm_evaluate, "digits", "--images", 1, "--steps", 1, "--curve-images", 1, "--out", "new/a.json")
+    assert (status, err) == (0, "") and evaluated(here/"new"/"a.json")["train"]["n"] == 1
