@@ -158,6 +158,7 @@ class DDPM:
     )->Iterator[tuple]:       # (i, t, weight, nats, p): which image, which step, weight and value of its term, all `(b,)`, and PMeanVariance
         "The terms of eq. 5, in batches of (image, t) pairs; all t of one image follow each other."
         if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        if len(index) != len(x0): raise ValueError(f"index must name a place for each of the {len(x0)} images, got {len(index)}")
         ts, ws = choose_steps(key, index, self.sched.T, steps)
         decoder = partial(discretized_gaussian_log_likelihood, levels=self.levels)
         pairs = len(x0)*ts.shape[1]

@@ -60,15 +60,14 @@ def evaluate_bits_per_dim(
     ddpm:DDPM,                           # the model
     x0:Tensor,                           # a data set: uint8 gray levels, or floats in [-1, 1] on their grid, `(n, c, h, w)`
     generator:torch.Generator|None=None, # source of the noise (one number is drawn from it); a CPU generator
-    steps:int|None=None,                 # None: every t once; k: an unbiased estimate from k random t per image beside t = 1
+    steps:int|None=None,                 # None: every t once; k: an unbiased estimate from k random t per image besides t = 1
     batch_size:int=512,                  # (image, t) pairs per network call; does not change the result
     index:Tensor|None=None,              # the images' places in their data set, `(n,)`; None counts from 0
     autocast=None,                       # None, or torch.bfloat16: precision inside the network
     progress:bool=False,                 # draw a progress bar
 )->Likelihood:
-    "Eq. 5 over a data set with one noise for each (image, t): what a lossless code would need, and where."
+    "Eq. 5 over a data set with one noise for each (image, t): what a lossless code would need, and where. Raises ValueError for no images, data off the grid, or a wrong `index`, `steps` or `batch_size`."
     if len(x0) == 0: raise ValueError("there is no image to evaluate")
-    if batch_size < 1: raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if index is not None and len(index) != len(x0): raise ValueError(f"index must name a place for each of the {len(x0)} images, got {len(index)}")
     if autocast is not None: ddpm = replace(ddpm, model=Autocast(ddpm.model, autocast))
     key = int(torch.randint(2**62, (1,), generator=generator))
