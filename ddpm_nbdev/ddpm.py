@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEDULES', 'ARCHITECTURES', 'BitsPerDim', 'eval_mode', 'count_steps', 'choose_steps', 'DDPM', 'WeightsError',
-           'describe_schedule', 'write_json', 'read_weights', 'load_weights', 'model_from_config', 'ddpm_config',
-           'ddpm_from_config']
+           'describe_schedule', 'write_whole', 'write_json', 'read_weights', 'load_weights', 'model_from_config',
+           'ddpm_config', 'ddpm_from_config']
 
 # %% ../nbs/10_ddpm.ipynb #77fe25ea
 import importlib
@@ -208,15 +208,29 @@ def describe_schedule(
         if torch.allclose(SCHEDULES[name](**args).beta, beta, rtol=1e-12, atol=0): return {'name': name, 'args': args}
     return {'name': 'betas', 'args': {'betas': beta[1:].tolist()}}
 
-# %% ../nbs/10_ddpm.ipynb #715f14cb
+# %% ../nbs/10_ddpm.ipynb #51fb785c
+def write_whole(
+    path:Path,   # the file
+    data:bytes,  # its contents
+):
+    "Write a file so that under its name there is always a whole one: the old or the new."
+    tmp = path.with_name(path.name + '.tmp')
+    try:
+        with open(tmp, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(tmp, path)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
+
 def write_json(
     path:Path, # the file
     obj,       # anything JSON can hold
 ):
-    "Write beside and rename, so that the file is never half there."
-    tmp = path.with_name(path.name + '.tmp')
-    tmp.write_text(json.dumps(obj, indent=1) + '\n')
-    os.replace(tmp, path)
+    "Write JSON, whole or not at all."
+    write_whole(path, (json.dumps(obj, indent=1) + '\n').encode())
 
 def read_weights(
     path:Path, # a safetensors file
@@ -278,9 +292,7 @@ def save(self:DDPM,
     "Write model.safetensors and config.json into a folder; each appears whole or not at all."
     path, cfg = Path(path), ddpm_config(self)
     path.mkdir(parents=True, exist_ok=True)
-    tmp = path/'model.safetensors.tmp'
-    tmp.write_bytes(safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}))
-    os.replace(tmp, path/'model.safetensors')
+    write_whole(path/'model.safetensors', safetensors_bytes({k: v.detach().cpu().contiguous() for k, v in self.model.state_dict().items()}))
     write_json(path/'config.json', cfg)
 
 @patch(cls_method=True)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'CHECKPOINT', 'RESUMABLE', 'EVALUATION_PIXELS', 'ConfigError', 'TrainConfig', 'small_unet_args',
-           'build_model', 'build_ddpm', 'preset', 'learning_rate', 'EMA', 'write_whole', 'subseed', 'own_randomness',
+           'build_model', 'build_ddpm', 'preset', 'learning_rate', 'EMA', 'subseed', 'own_randomness',
            'TrainingDiverged', 'fast_layout', 'TrainState', 'read_checkpoint', 'load_checkpoint', 'check_folder',
            'RunFolder', 'read_log', 'draw_samples', 'save_samples', 'Interrupted', 'finish_step_first',
            'can_show_progress', 'train', 'resume_command', 'estimate_bits_per_dim', 'not_digits', 'digit_classifier',
@@ -36,7 +36,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from .data import Batches, Dataset, epoch_order, load_dataset
 from .ddpm import (ARCHITECTURES, DDPM, SCHEDULES, WeightsError, ddpm_config, ddpm_from_config, load_weights,
-                             model_from_config, read_weights)
+                             model_from_config, read_weights, write_whole)
 from .decoder import to_model_range, to_uint8
 from .objective import OBJECTIVES
 from .plot import save_images
@@ -182,23 +182,7 @@ class EMA:
         "How much of the initial weights is in the average after n updates: the product of the decays."
         return math.exp(sum(math.log(d) if d else -math.inf for d in map(self.decay_at, range(n))))
 
-# %% ../nbs/13_train.ipynb #d943e83b
-def write_whole(
-    path:Path,   # the file
-    data:bytes,  # its contents
-):
-    "Write a file so that under its name there is always a whole one: the old or the new."
-    tmp = path.with_name(path.name + '.tmp')
-    try:
-        with open(tmp, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException:
-        tmp.unlink(missing_ok=True)
-        raise
-
+# %% ../nbs/13_train.ipynb #bf2b8357
 def subseed(
     seed:int,     # the run's seed
     purpose:int,  # a small number
@@ -496,14 +480,15 @@ def train(
             state.ema.update(state.model)
             state.step, state.seconds = step+1, time.perf_counter()-start
             run.note(loss, grad_norm)
-            last = bool(stop) or state.step == cfg.steps
+            stopping = bool(stop)               # looked at once: a signal that comes later waits for the next step
+            last = stopping or state.step == cfg.steps
             log, save, draw = (last or (every and state.step % every == 0) for every in (cfg.log_every, cfg.checkpoint_every, cfg.sample_every))
             if log or save or draw:
                 mean_loss = run.write_log(state, lr)
                 if bar is not todo: bar.comment = f"loss {mean_loss:.4f}"
             if save or draw: run.save(state)
             if draw and not last: run.draw(state)
-            if stop:
+            if stopping:
                 raise Interrupted(f"stopped after step {state.step} of {cfg.steps}; to go on: {resume_command(cfg, out)}")
     ddpm = state.averaged()
     ddpm.save(out)
