@@ -1,5 +1,15 @@
 "Data: what is in the files comes out as it is, and every choice is fixed for all time."
+import gzip
 import hashlib
+import http.server
+import io
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -9,8 +19,9 @@ import torch
 from PIL import Image
 
 import ddpm_nbdev
-from ddpm_nbdev.data import (DATASETS, Batches, Dataset, batch_indices, epoch_order, load_dataset, load_folder, random_flip, read_image,
-                             split_images)
+from ddpm_nbdev import data
+from ddpm_nbdev.data import (DATASETS, SOURCES, Batches, Dataset, Progress, batch_indices, epoch_order, fetch, flip_where, free_memory,
+                             load_dataset, load_folder, read_image, split_images, toss)
 
 HOME = Path(ddpm_nbdev.__file__).parent
 
@@ -213,19 +224,504 @@ def test_batch_size_is_checked(size):
     with pytest.raises(ValueError, match=f"batch size {size} does not fit 10 training images"): Batches(torch.zeros(10, 1, 4, 4, dtype=torch.uint8), size)
 
 
-def test_flips_are_a_function_of_the_generator():
+def test_flips_are_a_function_of_seed_and_place():
     d = load_dataset("digits")
-    b = Batches(d.train, 64, seed=2, flip=True, levels=17)
-    x, y, z = (b(5, torch.Generator().manual_seed(s)) for s in (0, 0, 1))
-    plain = Batches(d.train, 64, seed=2, levels=17)(5)
-    assert torch.equal(x, y) and not torch.equal(x, z)
-    assert torch.equal(x + x.flip(-1), plain + plain.flip(-1))
+    x, place = Batches(d.train, 64, seed=2, flip=True, levels=17)(5)
+    plain = Batches(d.train, 64, seed=2, levels=17)(5)[0]
+    assert torch.equal(x + x.flip(-1), plain + plain.flip(-1)) and not torch.equal(x, plain)
     assert x.min() == -1 and x.max() == 1 and x.dtype == torch.float32
+    assert place.tolist() == list(range(320, 384))
+    assert torch.equal(x, flip_where(toss(2, place), plain)) and not torch.equal(x, flip_where(toss(3, place), plain))
+
+
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_shards_are_the_batch(shards):
+    b = Batches(load_dataset("digits").train, 64, seed=2, flip=True, levels=17)
+    parts = [b(30, k, shards) for k in range(shards)]
+    for part, whole in zip(zip(*parts), b(30)): assert torch.equal(torch.cat(part), whole)
+
+
+def test_coins_are_fair_and_independent():
+    "Of 40,000 coins half fall on each side, and two seeds or neighboring places agree in half of them: within 4.5 standard deviations."
+    n = 40_000
+    a, b = (toss(seed, torch.arange(n)) for seed in (0, 1))
+    for share in (a, a == b, a[1:] == a[:-1]): assert abs(share.sum()-n/2) < 4.5*n**.5/2 + 1
 
 
 def test_flip_keeps_the_other_axes():
     x = torch.arange(2*3*4*5).view(2, 3, 4, 5)
-    seen = {tuple(random_flip(x, torch.Generator().manual_seed(s)).flatten().tolist()) for s in range(40)}
-    want = {tuple(torch.stack([a, b]).flatten().tolist()) for a in (x[0], torch.from_numpy(x[0].numpy()[..., ::-1].copy()))
-            for b in (x[1], torch.from_numpy(x[1].numpy()[..., ::-1].copy()))}
-    assert seen == want
+    y = flip_where(torch.tensor([False, True]), x)
+    assert torch.equal(y[0], x[0]) and y[1].tolist() == x[1].numpy()[..., ::-1].tolist()
+
+
+# ---- downloads
+
+class Server(http.server.ThreadingHTTPServer):
+    "Serves `files` (path -> bytes, or a function of the handler) from this machine and counts what it is asked for."
+    def __init__(self):
+        self.files, self.asked = {}, Counter()
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    @property
+    def base(self): return f"http://127.0.0.1:{self.server_port}/"
+
+    def close(self):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *args): pass
+
+    def do_GET(self):
+        name = self.path[1:]
+        self.server.asked[name] += 1
+        content = self.server.files.get(name)
+        if content is None: self.send_error(404)
+        elif callable(content): content(self)
+        else: self.answer(content, len(content))
+
+    def answer(self, content, length):
+        self.send_response(200)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content)
+        self.wfile.flush()
+
+
+GOOD = bytes(range(256))*1000
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    "A server that has the file `f` of the data set `net`; an empty cache; no proxy, no DDPM_DATA, no package of Debian's."
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "DDPM_DATA"): monkeypatch.delenv(name, raising=False)
+    server = Server()
+    server.files["f"] = GOOD
+    monkeypatch.setitem(SOURCES, "net", (server.base, {"f": hashlib.md5(GOOD).hexdigest()}))
+    monkeypatch.setattr(data.pooch, "os_cache", lambda name: tmp_path/"cache"/name)
+    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path/"none")
+    yield server
+    server.close()
+
+
+def left(cache): return sorted(p.name for p in cache.iterdir() if p.name != "lock") if cache.is_dir() else []
+
+
+def test_downloads_once(server, tmp_path):
+    path = fetch("net", "f")
+    assert path == tmp_path/"cache/ddpm_nbdev/net/f" and path.read_bytes() == GOOD
+    assert fetch("net", "f") == path and server.asked["f"] == 1 and left(path.parent) == ["f"]
+
+
+def cut(handler): handler.answer(GOOD[:-1000], len(GOOD))
+
+
+@pytest.mark.parametrize("content, said", [(cut, "ConnectionError|ChunkedEncodingError|IncompleteRead"), (GOOD[:-1000], "the MD5 of what came is not"),
+    (GOOD[:-1]+b"x", "the MD5 of what came is not"), (None, "the server says 404"), (lambda h: h.send_error(503), "the server says 503")],
+    ids=["truncated", "short", "corrupt", "missing", "overloaded"])
+def test_bad_downloads(content, said, server, tmp_path):
+    "One line that says which file to put where; nothing is left; the next try gets the good file."
+    server.files["f"] = content
+    with pytest.raises(ValueError, match=said) as e: fetch("net", "f", tmp_path)
+    line = str(e.value)
+    assert "\n" not in line and f"{server.base}f" in line and "put f into a folder" in line and "--data-dir" in line and "DDPM_DATA" in line
+    assert left(tmp_path/"net") == []
+    server.files["f"] = GOOD
+    assert fetch("net", "f", tmp_path).read_bytes() == GOOD
+
+
+def test_no_server(server, tmp_path):
+    path = fetch("net", "f", tmp_path/"a")
+    server.close()
+    with pytest.raises(ValueError, match=r"cannot download .*/f \(ConnectionError\); get it another way, put f into a folder"): fetch("net", "f", tmp_path/"b")
+    assert fetch("net", "f", tmp_path/"a") == path
+
+
+def test_damaged_cache_is_replaced(server, tmp_path):
+    path = fetch("net", "f", tmp_path)
+    path.write_bytes(GOOD[:-1])
+    assert fetch("net", "f", tmp_path).read_bytes() == GOOD and server.asked["f"] == 2
+
+
+def test_cache_that_cannot_be_written(server, tmp_path):
+    (tmp_path/"file").touch()
+    with pytest.raises(ValueError, match="Not a directory|File exists|cannot find the path"): fetch("net", "f", tmp_path/"file")
+
+
+def start(base, cache):
+    "Another process that fetches the file as soon as it is told to."
+    code = f"""
+import hashlib, sys
+from pathlib import Path
+from ddpm_nbdev.data import SOURCES, fetch
+SOURCES['net'] = ({base!r}, {{'f': {hashlib.md5(GOOD).hexdigest()!r}}})
+print('ready', flush=True)
+sys.stdin.readline()
+print(hashlib.md5(fetch('net', 'f', Path({str(cache)!r})).read_bytes()).hexdigest())
+"""
+    return subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def go(process):
+    process.stdin.write("go\n")
+    process.stdin.flush()
+
+
+def test_two_processes_at_once(server, tmp_path):
+    "Both get the whole file, and only one asks for it."
+    both = threading.Event()
+    def slowly(handler):
+        both.wait(60)
+        time.sleep(.3)                                             # the other is at the lock by now
+        handler.answer(GOOD, len(GOOD))
+    server.files["f"] = slowly
+    processes = [start(server.base, tmp_path) for _ in range(2)]
+    for p in processes: assert p.stdout.readline() == "ready\n"
+    for p in processes: go(p)
+    both.set()
+    for p in processes:
+        out, err = p.communicate(timeout=60)
+        assert (p.returncode, out) == (0, hashlib.md5(GOOD).hexdigest()+"\n"), err
+    assert server.asked["f"] == 1 and left(tmp_path/"net") == ["f"]
+
+
+def test_killed_while_downloading(server, tmp_path):
+    "Half a file has no right name, the lock is free again, and the next download sweeps up."
+    half, dead = threading.Event(), threading.Event()
+    def stop_half_way(handler):
+        handler.answer(GOOD[:100_000], len(GOOD))
+        half.set()
+        dead.wait(60)
+    server.files["f"] = stop_half_way
+    p = start(server.base, tmp_path)
+    assert p.stdout.readline() == "ready\n"
+    go(p)
+    assert half.wait(60)
+    p.kill()
+    p.communicate()
+    dead.set()
+    assert len(left(tmp_path/"net")) == 1 and not (tmp_path/"net/f").exists()
+    server.files["f"] = GOOD
+    assert fetch("net", "f", tmp_path).read_bytes() == GOOD and left(tmp_path/"net") == ["f"]
+
+
+def test_progress(capsys):
+    p = Progress("file", 4_000_000)
+    p.update(2_000_000)
+    p.close()
+    assert capsys.readouterr().err == ""                           # what is quick says nothing
+    p.next = 0
+    p.update(1_000_000)
+    p.update(500_000)
+    p.reset()
+    p.update(4_000_000)
+    p.close()
+    assert capsys.readouterr().err == "\rfile: 3 of 4 MB\rfile: 4 of 4 MB\n"
+
+
+# ---- CIFAR-10
+
+CIFAR_NAMES = [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]
+CIFAR_BYTES = 10_000*3073
+
+
+def cifar_file(k):
+    "File k, of the official size and easy to compress: all pixels of a color are the same; record i is of class (i+k) % 10."
+    records = np.empty((10_000, 3073), np.uint8)
+    i = np.arange(10_000)
+    records[:, 0] = (i+k) % 10
+    for c in range(3): records[:, 1+1024*c:1+1024*(c+1)] = ((i//100*(c+1)+k) % 256)[:, None]
+    return records.tobytes()
+
+
+def tar_of(path, members, **info):
+    "A .tar.gz of (name, bytes)."
+    with gzip.open(path, "wb", compresslevel=1) as f, tarfile.open(fileobj=f, mode="w|") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    "A folder with the archive, in another order than the files'."
+    folder = tmp_path_factory.mktemp("cifar")
+    tar_of(folder/"cifar-10-binary.tar.gz", [("cifar-10-batches-bin/"+n, cifar_file(k)) for k, n in reversed(list(enumerate(CIFAR_NAMES)))]
+           + [("cifar-10-batches-bin/readme.html", b"<html>")])
+    return folder
+
+
+@pytest.fixture
+def unpacked(tmp_path):
+    folder = tmp_path/"cifar-10-batches-bin"
+    folder.mkdir()
+    for k, n in enumerate(CIFAR_NAMES): (folder/n).write_bytes(cifar_file(k))
+    return folder
+
+
+def check_cifar(d):
+    assert (d.name, d.train.shape, d.test.shape, d.levels, d.flip) == ("cifar10", (50_000, 3, 32, 32), (10_000, 3, 32, 32), 256, True)
+    assert d.train.dtype == torch.uint8 and d.train_labels.dtype == torch.int64
+    i = torch.arange(60_000)
+    k, i = i//10_000, i % 10_000
+    assert torch.equal(torch.cat([d.train_labels, d.test_labels]), (i+k) % 10)
+    x = torch.cat([d.train, d.test])
+    for c in range(3): assert torch.equal(x[:, c, 0, 0].long(), (i//100*(c+1)+k) % 256)
+    assert (x.flatten(2) == x[:, :, 0, :1]).all()
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **kw): raise AssertionError("the network was asked")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(data.pooch, "retrieve", refuse)
+
+
+def test_cifar_archive(cifar, no_network):
+    before = sorted(cifar.iterdir())
+    check_cifar(load_dataset("cifar10", data_dir=cifar))
+    check_cifar(load_dataset("cifar10", data_dir=str(cifar/"cifar-10-binary.tar.gz")))
+    assert sorted(cifar.iterdir()) == before                       # nothing is unpacked
+
+
+def test_cifar_folder_and_variable(unpacked, no_network, monkeypatch):
+    check_cifar(load_dataset("cifar10", data_dir=unpacked))
+    monkeypatch.setenv("DDPM_DATA", str(unpacked.parent))
+    check_cifar(load_dataset("cifar10", 32, 3))
+    (unpacked/"data_batch_3.bin").unlink()
+    with pytest.raises(ValueError, match="cifar-10-batches-bin lacks data_batch_3.bin"): load_dataset("cifar10")
+    with pytest.raises(ValueError, match="no CIFAR-10 in /none/here: put"): load_dataset("cifar10", data_dir="/none/here")   # goes before the variable
+    assert load_dataset("digits").name == "digits"
+
+
+def test_cifar_download(cifar, server, monkeypatch, tmp_path):
+    archive = (cifar/"cifar-10-binary.tar.gz").read_bytes()
+    monkeypatch.setitem(SOURCES, "cifar10", (server.base, {"cifar-10-binary.tar.gz": hashlib.md5(archive).hexdigest()}))
+    with pytest.raises(ValueError, match="404 .*put cifar-10-binary.tar.gz into a folder"): load_dataset("cifar10")
+    server.files["cifar-10-binary.tar.gz"] = archive
+    check_cifar(load_dataset("cifar10"))
+    assert left(tmp_path/"cache/ddpm_nbdev/cifar10") == ["cifar-10-binary.tar.gz"]
+
+
+def test_the_official_sources():
+    assert SOURCES["cifar10"] == ("https://www.cs.toronto.edu/~kriz/", {"cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530"})
+    base, md5 = SOURCES["fashion_mnist"]
+    assert base == "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+    assert md5 == {"train-images-idx3-ubyte.gz": "8d4fb7e6c68d591d4c3dfef9ec88bf0d", "train-labels-idx1-ubyte.gz": "25c81989df183df01b3e8a0aad5dffbe",
+                   "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79", "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310"}
+
+
+def one_line(call, *said):
+    with pytest.raises(ValueError) as e: call()
+    assert "\n" not in str(e.value)
+    for s in said: assert s in str(e.value)
+
+
+def test_broken_cifar_folders(unpacked, no_network):
+    load = lambda: load_dataset("cifar10", data_dir=unpacked)
+    for size in (0, CIFAR_BYTES-3073, CIFAR_BYTES+1):              # cut off between two records, too
+        (unpacked/"data_batch_4.bin").write_bytes(bytes(size))
+        one_line(load, "data_batch_4.bin", f"has {size} bytes, not 30730000")
+    raw = bytearray(CIFAR_BYTES)
+    raw[3073*7] = 12
+    (unpacked/"data_batch_4.bin").write_bytes(raw)
+    one_line(load, "data_batch_4.bin", "record 7 has class 12")
+
+
+def test_broken_cifar_archives(cifar, no_network, tmp_path):
+    path = tmp_path/"cifar-10-binary.tar.gz"
+    load, good = lambda: load_dataset("cifar10", data_dir=tmp_path), (cifar/"cifar-10-binary.tar.gz").read_bytes()
+    one_line(load, f"no CIFAR-10 in {tmp_path}: put cifar-10-binary.tar.gz there, from https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz")
+    wrong_sum = good[:-8] + bytes([good[-8] ^ 1]) + good[-7:]
+    for bad in (b"", b"no archive", gzip.compress(b"no archive"*1000), good[:len(good)//2], good[:-4], wrong_sum):
+        path.write_bytes(bad)
+        one_line(load, str(path))
+    path.write_bytes(wrong_sum)
+    one_line(load, "is damaged: CRC check failed")
+    tar_of(path, [("data_batch_2.bin", bytes(100))])
+    one_line(load, f"data_batch_2.bin in {path} has 100 bytes, not 30730000")
+    tar_of(path, [("../../data_batch_2.bin", cifar_file(1))])
+    one_line(load, "lacks data_batch_1.bin, data_batch_3.bin")
+    with tarfile.open(path, "w:gz") as tar:
+        link = tarfile.TarInfo("data_batch_1.bin")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    one_line(load, "lacks data_batch_1.bin")
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("name, kw, said", [("cifar10:x", {}, "takes no path"), ("cifar10", dict(size=16), "32x32"), ("cifar10", dict(channels=1), "32x32"),
+    ("fashion_mnist:x", {}, "takes no path"), ("fashion_mnist", dict(size=32), "28x28"), ("fashion_mnist", dict(channels=3), "28x28")])
+def test_no_choice(name, kw, said, no_network):
+    with pytest.raises(ValueError, match=said): load_dataset(name, **kw)
+
+
+# ---- Fashion-MNIST
+
+def idx(a, kind=8, shape=None): return struct.pack(f">HBB{a.ndim}I", 0, kind, a.ndim, *(shape or a.shape)) + a.tobytes()
+
+
+def fashion_files():
+    res = {}
+    for part, n in (("train", 30), ("t10k", 10)):
+        res[f"{part}-images-idx3-ubyte"] = pixels(n, 28, 28, seed=n)
+        res[f"{part}-labels-idx1-ubyte"] = (np.arange(n) % 10).astype(np.uint8)
+    return res
+
+
+def check_fashion(d):
+    want = fashion_files()
+    assert (d.name, d.levels, d.flip, d.shape, d.train.dtype) == ("fashion_mnist", 256, False, (1, 28, 28), torch.uint8)
+    for part, x, y in (("train", d.train, d.train_labels), ("t10k", d.test, d.test_labels)):
+        np.testing.assert_array_equal(x[:, 0].numpy(), want[f"{part}-images-idx3-ubyte"])
+        assert y.dtype == torch.int64 and y.tolist() == want[f"{part}-labels-idx1-ubyte"].tolist()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("sub", ["", "fashion-mnist", "FashionMNIST/raw"])
+def test_fashion_folder(packed, sub, tmp_path, no_network, monkeypatch):
+    (tmp_path/sub).mkdir(parents=True, exist_ok=True)
+    for name, a in fashion_files().items(): (tmp_path/sub/(name+".gz"*packed)).write_bytes(gzip.compress(idx(a)) if packed else idx(a))
+    check_fashion(load_dataset("fashion_mnist", data_dir=tmp_path))
+    monkeypatch.setenv("DDPM_DATA", str(tmp_path))
+    check_fashion(load_dataset("fashion_mnist", 28, 1))
+
+
+def test_fashion_from_debian_before_the_network(tmp_path, no_network, monkeypatch):
+    monkeypatch.delenv("DDPM_DATA", raising=False)
+    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path)
+    for name, a in fashion_files().items(): (tmp_path/(name+".gz")).write_bytes(gzip.compress(idx(a)))
+    check_fashion(load_dataset("fashion_mnist"))
+    (tmp_path/"empty").mkdir()
+    one_line(lambda: load_dataset("fashion_mnist", data_dir=tmp_path/"empty"), "put train-images-idx3-ubyte.gz, train-labels")   # what is named is what is used
+
+
+def test_fashion_download(server, monkeypatch):
+    packed = {name+".gz": gzip.compress(idx(a)) for name, a in fashion_files().items()}
+    monkeypatch.setitem(SOURCES, "fashion_mnist", (server.base, {n: hashlib.md5(b).hexdigest() for n, b in packed.items()}))
+    server.files.update(packed)
+    check_fashion(load_dataset("fashion_mnist"))
+    server.close()
+    check_fashion(load_dataset("fashion_mnist"))
+
+
+IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
+
+
+@pytest.mark.parametrize("name, content, said", [
+    (IMAGES, b"", "starts with nothing"), (IMAGES, b"\0\0\x08\x03\0\0", "starts with 00 00 08 03"), (IMAGES, b"\x89PNG"*20, "starts with 89 50 4e 47"),
+    (IMAGES, idx(pixels(30, 28, 28), kind=13), "starts with 00 00 0d 03"), (IMAGES, idx(pixels(30)), "no IDX file of bytes with 3 axes"),
+    (IMAGES, idx(pixels(30, 28, 28))[:-1], "has 23519 values, not the 30x28x28"), (IMAGES, idx(pixels(30, 28, 28))+b"x", "has 23521 values"),
+    (IMAGES, idx(pixels(0, 28, 28)), "has 0 values"), (IMAGES, idx(pixels(1, 1, 1), shape=(2**32-1,)*3), "not the 4294967295x"),
+    (IMAGES, idx(pixels(30, 28, 27)), "are 28x27, not 28x28"), (IMAGES, idx(pixels(29, 28, 28)), "has 30 labels for the 29 images"),
+    (LABELS, idx(pixels(30)), "has class 2"), (LABELS, idx(np.zeros(31, np.uint8)), "has 31 labels for the 30 images"), (LABELS, None, f"put {LABELS}.gz there")])
+def test_broken_idx_files(name, content, said, tmp_path, no_network):
+    for n, a in fashion_files().items(): (tmp_path/n).write_bytes(idx(a))
+    (tmp_path/name).unlink()
+    if content is not None: (tmp_path/name).write_bytes(content)
+    one_line(lambda: load_dataset("fashion_mnist", data_dir=tmp_path), said, name)
+
+
+def test_broken_gzip(tmp_path, no_network):
+    for n, a in fashion_files().items(): (tmp_path/(n+".gz")).write_bytes(gzip.compress(idx(a)))
+    good = (tmp_path/f"{IMAGES}.gz").read_bytes()
+    for bad in (good[:100], good[:-1], b"text", good[:-8]+bytes(8), good[:50]+bytes(50)+good[100:]):
+        (tmp_path/f"{IMAGES}.gz").write_bytes(bad)
+        one_line(lambda: load_dataset("fashion_mnist", data_dir=tmp_path), f"{IMAGES}.gz is damaged")
+
+
+# ---- LSUN
+
+def lsun(folder, images, names=None, **kw):
+    "An lmdb of images, compressed without loss; the keys are `names`."
+    lmdb = pytest.importorskip("lmdb")
+    folder.mkdir(parents=True)
+    with lmdb.open(str(folder), map_size=2**26) as env, env.begin(write=True) as txn:
+        for i, x in enumerate(images):
+            out = io.BytesIO()
+            if isinstance(x, bytes): out.write(x)
+            else: Image.fromarray(x).save(out, **(kw or dict(format="WEBP", lossless=True)))
+            txn.put((names[i] if names else f"{i:04}").encode(), out.getvalue())
+    return folder
+
+
+def test_lsun_pair(tmp_path):
+    photos = pixels(7, 256, 300, 3)
+    lsun(tmp_path/"church_outdoor_train_lmdb", photos[:5])
+    lsun(tmp_path/"church_outdoor_val_lmdb", photos[5:])
+    middle = torch.from_numpy(photos[:, :, 22:278].transpose(0, 3, 1, 2).copy())
+    for path in (tmp_path, tmp_path/"church_outdoor"):
+        d = load_dataset(f"lsun:{path}")
+        assert torch.equal(d.train, middle[:5]) and torch.equal(d.test, middle[5:])
+        assert (d.name, d.flip, d.levels) == (f"lsun:{path}", True, 256)
+    lsun(tmp_path/"bedroom_train_lmdb", photos)
+    one_line(lambda: load_dataset(f"lsun:{tmp_path}"), "2 categories", f"lsun:{tmp_path}/bedroom, lsun:{tmp_path}/church_outdoor")
+    bedroom = load_dataset(f"lsun:{tmp_path}/bedroom", size=32, channels=1)     # without _val_lmdb
+    assert (bedroom.flip, bedroom.train.shape, bedroom.test.shape) == (False, (6, 1, 32, 32), (1, 1, 32, 32))
+
+
+def test_lsun_single_holds_out_by_name(tmp_path):
+    names = [hashlib.sha1(bytes([i])).hexdigest() for i in range(30)]
+    lsun(tmp_path/"cat", [np.full((16, 16, 3), i, np.uint8) for i in range(30)], names, format="PNG")
+    d = load_dataset(f"lsun:{tmp_path}/cat", size=16)
+    test = sorted(names, key=lambda n: hashlib.sha256(n.encode()).hexdigest())[:3]
+    in_order = sorted(range(30), key=lambda i: names[i])
+    assert d.test[:, 0, 0, 0].tolist() == [i for i in in_order if names[i] in test]
+    assert d.train[:, 0, 0, 0].tolist() == [i for i in in_order if names[i] not in test]
+
+
+def test_lsun_is_only_read(tmp_path):
+    lsun(tmp_path/"cat", pixels(4, 8, 8, 3))
+    before = {p.name: p.read_bytes() for p in (tmp_path/"cat").iterdir()}
+    load_dataset(f"lsun:{tmp_path}/cat", size=8)
+    assert {p.name: p.read_bytes() for p in (tmp_path/"cat").iterdir()} == before
+
+
+def test_broken_lsun(tmp_path):
+    load = lambda: load_dataset(f"lsun:{tmp_path}/cat", size=8)
+    one_line(load, "no LSUN in", "data.mdb", "unpack the zip file")
+    folder = lsun(tmp_path/"cat", [*pixels(8, 8, 8, 3), b"no image", b""])
+    with pytest.raises(ValueError, match="cannot be read: 000[89] in .*cat"): load()
+    raw = (folder/"data.mdb").read_bytes()
+    (folder/"data.mdb").write_bytes(raw[:len(raw)//2])
+    one_line(load, "cat/data.mdb is cut off")
+    for bad in (b"", b"no data base"*1000):
+        (folder/"data.mdb").write_bytes(bad)
+        one_line(load, "cat/data.mdb")
+    one_line(lambda: load_dataset(f"lsun:{lsun(tmp_path/'one', pixels(1, 8, 8, 3))}"), "has 1 images: at least 2 needed")
+    lsun(tmp_path/"x_train_lmdb", pixels(1, 8, 8, 3))
+    lsun(tmp_path/"x_val_lmdb", [])
+    one_line(lambda: load_dataset(f"lsun:{tmp_path}/x"), "x_val_lmdb has 0 images: at least 1 needed")
+
+
+@pytest.mark.parametrize("name, kw, said", [("lsun", {}, "needs a path"), ("lsun:x", dict(size=2), "at least 4"), ("lsun:x", dict(channels=2), "1 or 3")])
+def test_lsun_arguments(name, kw, said):
+    with pytest.raises(ValueError, match=said): load_dataset(name, **kw)
+
+
+def test_lsun_without_lmdb(tmp_path, monkeypatch):
+    lsun(tmp_path/"cat", pixels(2, 8, 8, 3))
+    monkeypatch.setitem(sys.modules, "lmdb", None)
+    one_line(lambda: load_dataset(f"lsun:{tmp_path}/cat"), "pip install 'ddpm_nbdev[lsun]'")
+
+
+# ---- memory
+
+def test_too_large_for_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "free_memory", lambda: 10**6)
+    for i in range(6): save(tmp_path, f"{i}.png", pixels(256, 256, 3))
+    one_line(lambda: load_dataset(f"folder:{tmp_path}", size=256), "6 images of 256x256 in folder:", "take 0.0 GB", "choose a smaller size")
+    assert len(load_dataset(f"folder:{tmp_path}", size=128).train) == 5
+    lsun(tmp_path/"cat", pixels(6, 8, 8, 3))
+    one_line(lambda: load_dataset(f"lsun:{tmp_path}/cat"), "6 images of 256x256 in lsun:")
+    monkeypatch.setattr(data, "free_memory", lambda: None)          # unknown: try
+    assert load_dataset(f"lsun:{tmp_path}/cat").shape == (3, 256, 256)
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
+def test_free_memory():
+    assert 2**20 < free_memory() < 1024*int(Path("/proc/meminfo").read_text().split()[1])

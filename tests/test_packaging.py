@@ -27,6 +27,7 @@ CFG = CFG["DEFAULT"]
 MODULES = sorted(m.name for m in pkgutil.iter_modules(ddpm_nbdev.__path__) if not m.name.startswith("_"))
 RUN_TIME = "torch numpy einops matplotlib fastprogress>=1.0.3,<1.1 fastcore>=1.13 pillow safetensors pooch>=1.8 filelock".split()
 IMPORT_NAMES = {"pillow": "PIL"}                # where they differ from the distribution's
+EXTRAS = [k.removesuffix("_requirements") for k in CFG if k.endswith("_requirements") and k != "dev_requirements"]   # imported inside functions
 ONLY_IN_NOTEBOOKS = {"IPython"}                 # imported inside functions that a notebook calls
 DEVELOPERS_ONLY = "nbdev execnb IPython ipykernel ipywidgets jupyter jupyter_client jupyter_core nbformat nbconvert nbclient ghapi".split()
 
@@ -41,6 +42,9 @@ def fresh(code):
 def names(requirements): return {re.match(r"[\w.-]+", r)[0] for r in requirements}
 
 
+def optional(): return {r for extra in EXTRAS for r in names(CFG[f"{extra}_requirements"].split())}
+
+
 def test_there_are_modules(): assert MODULES
 
 
@@ -50,7 +54,7 @@ def test_version(): assert ddpm_nbdev.__version__ == CFG["version"]
 def test_requirements():
     assert CFG["requirements"].split() == RUN_TIME
     assert not names(CFG["dev_requirements"].split()) & (names(RUN_TIME) - {"fastcore"})
-    assert names(DEVELOPERS_ONLY[:1]) <= names(CFG["dev_requirements"].split())
+    assert names(DEVELOPERS_ONLY[:1]) | {"lmdb"} <= names(CFG["dev_requirements"].split())
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -59,7 +63,7 @@ def test_imports_are_required(name):
     tree = ast.parse((LIB/f"{name}.py").read_text(encoding="utf-8"), feature_version=(3, 10))
     roots = {a.name.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     roots |= {n.module.split(".")[0] for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level == 0}
-    known = {IMPORT_NAMES.get(r, r) for r in names(RUN_TIME)} | set(sys.stdlib_module_names) | {"ddpm_nbdev"}
+    known = {IMPORT_NAMES.get(r, r) for r in names(RUN_TIME) | optional()} | set(sys.stdlib_module_names) | {"ddpm_nbdev"}
     unknown = roots - known - ONLY_IN_NOTEBOOKS
     assert not unknown
 
@@ -68,7 +72,7 @@ def test_imports_without_the_developers_tools():
     "Every module, also nbdev's index, in an interpreter that has none of them."
     out = fresh(f"""
 import sys, importlib
-for name in {DEVELOPERS_ONLY}: sys.modules[name] = None   # importing it raises ImportError
+for name in {DEVELOPERS_ONLY + sorted(optional())}: sys.modules[name] = None   # importing it raises ImportError
 for name in {["ddpm_nbdev", "ddpm_nbdev._modidx"] + [f"ddpm_nbdev.{m}" for m in MODULES]}: importlib.import_module(name)
 print('all imported')
 """)
@@ -160,6 +164,7 @@ def test_wheel(built):
     assert any(n.endswith("LICENSE") for n in info)
     required = re.findall(r"^Requires-Dist: ([^;\n]+)$", info["METADATA"], re.M)
     assert names(required) == names(RUN_TIME)
+    for extra in EXTRAS: assert f"Provides-Extra: {extra}\n" in info["METADATA"]
     for command in CFG["console_scripts"].split(): assert command.replace("=", " = ") in info["entry_points.txt"]
     assert built[1].stat().st_size < 8e6
 
