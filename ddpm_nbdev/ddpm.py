@@ -193,7 +193,7 @@ class DDPM:
 
 # %% ../nbs/10_ddpm.ipynb #e81290e0
 SCHEDULES = {'linear': linear_schedule, 'constant': constant_schedule, 'quadratic': quadratic_schedule, 'betas': NoiseSchedule.from_betas}
-ARCHITECTURES = {'UNet': 'ddpm_nbdev.unet', 'MLP': 'ddpm_nbdev.toy'}  # networks that can be saved and loaded, and where they live
+ARCHITECTURES = {'UNet': 'ddpm_nbdev.unet', 'OfficialUNet': 'ddpm_nbdev.pretrained', 'MLP': 'ddpm_nbdev.toy'}  # networks that can be saved and loaded, and where they live
 
 class WeightsError(ValueError):
     "A file of weights cannot be used; the message says why."
