@@ -34,7 +34,7 @@ def measure(name, n, c, size, batch_size, folder):
     for i in range(batch_size):
         files.append(folder/f"{name}{i}.png")
         Image.fromarray(images[i].permute(1, 2, 0).squeeze(-1).numpy()).save(files[-1])
-    memory = seconds(lambda i: batches(i, g), 50)
+    memory = seconds(lambda i: batches(i), 50)
     disk = seconds(lambda i: torch.from_numpy(np.stack([read_image(p, size, c) for p in files])).float().mul_(2/255).sub_(1), 5)
     epoch = seconds(lambda i: np.random.default_rng((0, i)).permutation(n), 5)
     print(f"{name:10} {n:7,} {batch_size:6} {n*c*size*size/1e6:9.1f} {memory*1e3:12.3f} {disk*1e3:10.2f} {disk/memory:9.0f} {epoch*1e3:11.2f}")

@@ -130,11 +130,12 @@ class DDPM:
         generator:torch.Generator|None=None, # source of x_T and of the steps' noise, on the model's device
         xT:Tensor|None=None,                 # the start; None draws N(0, I)
         clip:bool=True,                      # clamp x_0-hat to [-1, 1]
+        noise:Callable|None=None,            # noise(t, x_t) -> z for the step from t; None draws z from `generator`
     )->Iterator[tuple[int,Tensor,Tensor]]:   # (t, x_{t-1}, x_0-hat) for t = T..1
         "Algorithm 2, step by step."
         if xT is None: xT = torch.randn(n, *self.shape, generator=generator, device=self.device)
         with eval_mode(self.model):
-            yield from p_sample_progressive(self.sched, self.model, xT, generator, mean=self.mean, variance=self.variance, clip=clip)
+            yield from p_sample_progressive(self.sched, self.model, xT, generator, noise=noise, mean=self.mean, variance=self.variance, clip=clip)
 
     def sample(self,
         n:int=16,                            # how many images

@@ -135,12 +135,14 @@ def p_sample_progressive(
     xT:Tensor,                           # the start, N(0, I), `(b, c, ...)`
     generator:torch.Generator|None=None, # source of the steps' noise
     start:int|None=None,                 # `xT` is x_start, 0..T; None means T
+    noise:Callable|None=None,            # noise(t, x_t) -> z for the step from t, shape of x_t; None draws z from `generator`
     **kw,                                # mean, variance, clip: as `p_mean_variance`
 )->Iterator[tuple[int,Tensor,Tensor]]:   # (t, x_{t-1}, x_0-hat) for t = T..1
     "Algorithm 2, step by step."
     x = xT
     for t in range(sched.T if start is None else start, 0, -1):
-        x, out = p_sample(sched, model, x, torch.full((len(x),), t, device=x.device), generator=generator, **kw)
+        z = noise(t, x) if noise else None
+        x, out = p_sample(sched, model, x, torch.full((len(x),), t, device=x.device), z, generator, **kw)
         yield t, x, out.x0
 
 def p_sample_loop(
@@ -148,7 +150,7 @@ def p_sample_loop(
     model:Callable,                      # model(xt, t)
     xT:Tensor,                           # the start, N(0, I), `(b, c, ...)`
     generator:torch.Generator|None=None, # source of the steps' noise
-    **kw,                                # start, mean, variance, clip: as `p_sample_progressive`
+    **kw,                                # start, noise, mean, variance, clip: as `p_sample_progressive`
 )->Tensor:                               # x_0, `(b, c, ...)`
     "Algorithm 2: from noise to an image."
     for _, x, _ in p_sample_progressive(sched, model, xT, generator, **kw): pass

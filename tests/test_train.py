@@ -6,11 +6,13 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
 import torch
+import torch.utils._python_dispatch
 from safetensors.torch import load_file
 
 from ddpm_nbdev import train as T
@@ -55,7 +57,7 @@ def same(a, b):
 
 def test_state_has_every_part(whole):
     names = whole[0].keys()
-    for part in ("model.", "ema.", "adam.0.exp_avg", "adam.0.exp_avg_sq", "random.generator", "random.torch"):
+    for part in ("model.", "ema.", "adam.0.exp_avg", "adam.0.exp_avg_sq"):
         assert any(n.startswith(part) for n in names), part
     assert whole[0]["adam.0.step"] == TINY.steps
 
@@ -78,12 +80,15 @@ def test_resuming_a_finished_run_changes_nothing(whole, data, tmp_path):
     assert (tmp_path/"log.jsonl").read_text() == before
 
 
-def test_the_parts_matter(whole, data, tmp_path, monkeypatch):
-    "The test above would notice if dropout's generator were forgotten."
-    train(replace(TINY, steps=6), tmp_path, data=data)
-    monkeypatch.setattr(torch, "set_rng_state", lambda s: None)
-    train(TINY, tmp_path, resume=True, data=data)
-    assert not same(tensors(tmp_path), whole[0])
+def test_randomness_matters(whole, data, tmp_path, monkeypatch):
+    "The test above would notice if dropout, or the noise, were not the same after a pause."
+    real = T.subseed
+    for purpose in (1, 4):
+        train(replace(TINY, steps=6), tmp_path/str(purpose), data=data)
+        monkeypatch.setattr(T, "subseed", lambda seed, *p: real(seed, *p) + (p[0] == purpose))
+        train(TINY, tmp_path/str(purpose), resume=True, data=data)
+        monkeypatch.undo()
+        assert not same(tensors(tmp_path/str(purpose)), whole[0])
 
 
 def test_samples_and_caller_do_not_disturb(whole, data, tmp_path):
@@ -303,15 +308,13 @@ def test_loop_is_algorithm_1(data, tmp_path):
     with torch.random.fork_rng():
         torch.manual_seed(T.subseed(0, 0))
         ddpm = build_ddpm(cfg, data)
-    g = torch.Generator().manual_seed(T.subseed(0, 1))
     params, avg = list(ddpm.model.parameters()), [p.detach().clone() for p in ddpm.model.parameters()]
     opt = torch.optim.Adam(params, lr=1., foreach=False)
     sched = torch.optim.lr_scheduler.LambdaLR(opt, lambda k: cfg.lr*min(1, k/cfg.warmup))
     order = np.random.default_rng((0, 0)).permutation(1437)
     for k in range(7):
         x0 = data.train[order[8*k:8*k+8]].double().div(8).sub(1).float()
-        t = torch.randint(1, 11, (8,), generator=g)
-        eps = torch.randn(x0.shape, generator=g)
+        t, eps = T.example_noise(0, torch.arange(8*k, 8*k+8), 10, x0)
         abar = torch.tensor([1-b for b in torch.linspace(1e-4, .02, 10, dtype=torch.float64)], dtype=torch.float64).cumprod(0)[t-1].view(-1, 1, 1, 1)
         loss = ((ddpm.model(abar.sqrt().float()*x0 + (1-abar).sqrt().float()*eps, t)-eps)**2).mean()
         opt.zero_grad()
@@ -324,6 +327,131 @@ def test_loop_is_algorithm_1(data, tmp_path):
         avg = [.9*a + .1*p.detach() for a, p in zip(avg, params)]
     for a, b in zip(avg, ours.model.parameters()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     assert abs(read_log(tmp_path)[-1]["loss"]) > 0
+
+
+# ---- parts of a batch, precision, what a step may not do
+
+def one_gradient(cfg, data):
+    "Loss and gradient of the first step, and the gradient's length."
+    state = T.TrainState(cfg, data, "cpu")
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(0)
+        for p in state.model.parameters(): p += .1*torch.randn(p.shape, generator=g)   # away from the zeros at the start
+    batches = T.Batches(data.train, cfg.batch_size, cfg.seed, True, data.levels)
+    loss, norm = T.CLIPS[cfg.clip](state, batches)
+    return loss, norm, [p.grad.clone() for p in state.model.parameters()]
+
+
+@pytest.mark.parametrize("shards", [2, 4, 8])
+def test_accumulation_is_the_big_batch(shards, data):
+    cfg = replace(TINY, dropout=0., grad_clip=1e6)
+    (loss, norm, grads), (loss1, norm1, grads1) = one_gradient(cfg, data), one_gradient(replace(cfg, shards=shards), data)
+    torch.testing.assert_close(loss1, loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(norm1, norm, rtol=1e-5, atol=0)
+    for a, b in zip(grads1, grads): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5*float(norm))
+
+
+def test_clip_shard_clips_each_and_then_averages(data):
+    "As the official code does; the parts are computed one by one here."
+    cfg = replace(TINY, dropout=0., shards=4, clip="shard", grad_clip=.5)
+    loss, norm, grads = one_gradient(cfg, data)
+    losses, norms, total = [], [], 0
+    state = T.TrainState(cfg, data, "cpu")
+    with torch.no_grad():
+        g = torch.Generator().manual_seed(0)
+        for p in state.model.parameters(): p += .1*torch.randn(p.shape, generator=g)
+    for shard in range(4):
+        x0, place = T.Batches(data.train, 8, 0, True, 17)(0, shard, 4)
+        t, eps = T.example_noise(0, place, 10, x0)
+        part = state.ddpm.loss(x0, t, eps).mean()
+        g = torch.cat([v.flatten() for v in torch.autograd.grad(part, list(state.model.parameters()))])
+        losses.append(part.item()), norms.append(g.norm().item())
+        total = total + g*min(1, .5/g.norm().item())/4
+    assert min(norms) > .5                                                           # or nothing would be tested
+    torch.testing.assert_close(torch.cat([v.flatten() for v in grads]), total, rtol=1e-4, atol=1e-6)
+    assert abs(loss - np.mean(losses)) < 1e-5 and abs(norm - np.mean(norms)) < 1e-4
+    whole = one_gradient(replace(cfg, clip="batch"), data)[2]
+    assert not torch.allclose(torch.cat([v.flatten() for v in whole]), total, rtol=.01)
+
+
+@pytest.mark.parametrize("clip", ["batch", "shard"])
+def test_shards_resume_to_the_bit(clip, data, tmp_path):
+    cfg = replace(TINY, shards=2, clip=clip, steps=9)
+    train(cfg, tmp_path/"a", data=data)
+    train(replace(cfg, steps=5), tmp_path/"b", data=data)
+    train(cfg, tmp_path/"b", resume=True, data=data)
+    assert same(tensors(tmp_path/"a"), tensors(tmp_path/"b"))
+
+
+def test_bfloat16_is_near_float32_and_keeps_float32_weights(data, tmp_path):
+    a, b = (train(replace(TINY, precision=p), tmp_path/p, data=data) for p in T.PRECISIONS)
+    assert all(p.dtype == torch.float32 for p in b.model.parameters())
+    change = torch.cat([(p-q).flatten() for p, q in zip(a.model.parameters(), b.model.parameters())])
+    assert 0 < change.norm() < .1*torch.cat([p.flatten() for p in a.model.parameters()]).norm()
+    assert log(tmp_path/"bfloat16")[-1]["loss"] == pytest.approx(log(tmp_path/"float32")[-1]["loss"], rel=.05)
+
+
+def test_low_precision_copy_samples_alike(data, tmp_path):
+    ddpm = train(TINY, tmp_path, data=data)
+    low = replace(ddpm, model=T.LowPrecision(ddpm.model))
+    assert all(p.dtype == torch.bfloat16 for p in low.model.parameters()) and all(p.dtype == torch.float32 for p in ddpm.model.parameters())
+    a, b = draw_samples(ddpm, 8).float(), draw_samples(low, 8).float()
+    assert (a-b).abs().mean() < 1 and a.std() > 1                                    # of 16 gray levels
+
+
+def test_compile_is_asked_for_and_changes_nothing(data, tmp_path, monkeypatch):
+    real, asked = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda m: asked.append(m) or real(m, backend="aot_eager"))
+    a, b = (train(replace(TINY, compile=c, steps=6), tmp_path/str(c), data=data) for c in (False, True))
+    assert len(asked) == 1
+    for p, q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
+
+
+def test_a_step_does_not_wait_for_the_device(data):
+    "No number is fetched from the device in a step (on a CPU `check_steps` and `to_model_range` look at some)."
+    fetched = []
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default):
+                names = [f.name for f in traceback.extract_stack()]
+                if not {"check_steps", "to_model_range"} & set(names): fetched.append(names[-8:])
+            return func(*args, **(kwargs or {}))
+    for clip in ("batch", "shard"):
+        state = T.TrainState(replace(TINY, shards=2, clip=clip), data, "cpu")
+        batches = T.Batches(data.train, 8, 0, True, 17)
+        with Watch(): T.training_step(state, batches)
+        assert not fetched
+        with Watch(): state.averaged().loss(torch.zeros(1, 1, 8, 8)).mean().item()
+        assert len(fetched) == 1                                                     # it would have been seen
+        fetched.clear()
+
+
+def test_what_many_processes_need_works_for_one():
+    assert T.world() == (0, 1) and T.my_share(5) == range(5) and T.one_says(True) and not T.one_says(False)
+    x = torch.arange(3)
+    assert T.gather_rows(x) is x and T.sum_over_processes(x) is x
+
+
+# ---- which checkpoints stay
+
+@pytest.mark.parametrize("keep_last, keep_every, steps", [(1, 0, []), (3, 0, [12, 18, 24]), (1, 12, [12, 24]), (2, 12, [12, 18, 24])])
+def test_checkpoints_that_stay(keep_last, keep_every, steps, whole, data, tmp_path):
+    train(replace(TINY, keep_last=keep_last, keep_every=keep_every), tmp_path, data=data)
+    kept = sorted(tmp_path.glob("checkpoints/*"))
+    assert [int(p.stem) for p in kept] == steps
+    assert [read_checkpoint(p)[1]["step"] for p in kept] == steps
+    assert same(tensors(tmp_path), whole[0])
+    if kept:
+        assert load_checkpoint(kept[0]).sched.T == 10
+        (tmp_path/"checkpoints/mine.safetensors").write_bytes(b"")
+        train(replace(TINY, steps=6), tmp_path, overwrite=True, data=data)
+        assert [p.name for p in (tmp_path/"checkpoints").iterdir()] == ["mine.safetensors"]
+
+
+def test_old_checkpoints_are_refused_in_words(tmp_path):
+    from safetensors.torch import save_file
+    save_file({"x": torch.zeros(1)}, tmp_path/"checkpoint.safetensors", {"format": json.dumps("ddpm_nbdev training 1")})
+    with pytest.raises(WeightsError, match="a checkpoint of version 0.1.0.*model.safetensors can still be used"): load_checkpoint(tmp_path)
 
 
 def test_first_update_has_rate_zero(data, tmp_path):
@@ -370,7 +498,7 @@ def test_checkpoint_loads_average_or_raw(tmp_path, data):
 
 @pytest.mark.parametrize("field, value", [("T", 0), ("T", 2.5), ("T", True), ("T", "10"), ("steps", 0), ("batch_size", -1), ("lr", 0.), ("lr", -1.), ("lr", math.inf), ("lr", math.nan), ("warmup", -1),
     ("grad_clip", 0.), ("ema_decay", 1.), ("dropout", 1.), ("seed", -1), ("seed", 2**32), ("mean", "epsilon"), ("variance", "fixed"), ("objective", "mse"),
-    ("model", "Transformer"), ("schedule", "cosine"), ("schedule_args", {"beta_T": 1.5}), ("schedule_args", {"beta": .1}), ("log_every", 0), ("sample_every", -1)])
+    ("model", "Transformer"), ("clip", "norm"), ("precision", "float16"), ("shards", 0), ("shards", 3), ("keep_last", 0), ("keep_every", 4), ("schedule", "cosine"), ("schedule_args", {"beta_T": 1.5}), ("schedule_args", {"beta": .1}), ("log_every", 0), ("sample_every", -1)])
 def test_config_names_what_is_wrong(field, value):
     with pytest.raises(ConfigError, match=field.replace("_args", "")): replace(TINY, **{field: value})
 
@@ -379,15 +507,39 @@ def test_presets_are_consistent():
     for name, cfg in PRESETS.items(): assert json.loads(json.dumps(asdict(cfg))) == asdict(cfg), name
     assert asdict(replace(PRESETS["cifar10"], dataset="x", flip=None, model_args={}, dropout=0.)) == asdict(TrainConfig("x"))
     assert preset("folder:a/b", steps=3).dataset == "folder:a/b"
+    assert preset("lsun:x") == replace(PRESETS["lsun256"], dataset="lsun:x")
+    assert preset("folder:a", "celebahq256").size == 256
+    with pytest.raises(ConfigError, match="unknown preset 'celeba'; known: digits"): preset("folder:a", "celeba")
 
 
 def test_digits_preset_is_digits_unet():
     assert build_model(preset("digits"), (1, 8, 8)).config == digits_unet().config
 
 
-def test_cifar10_preset_is_the_papers_network():
-    with torch.device("meta"): model = build_model(PRESETS["cifar10"], (3, 32, 32))
-    assert sum(p.numel() for p in model.parameters()) == 35_746_307
+@pytest.mark.parametrize("name, size, count", [("cifar10", 32, 35_746_307), ("celebahq256", 256, 113_673_219), ("lsun256", 256, 113_673_219), ("lsun256_large", 256, 255_677_955)])
+def test_presets_are_the_papers_networks(name, size, count):
+    with torch.device("meta"): model = build_model(PRESETS[name], (3, size, size))
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("name", ["cifar10", "celebahq256", "lsun256", "lsun256_large"])
+def test_presets_train_at_reduced_width(name, tmp_path):
+    "One step of the whole recipe, with the levels of the full network but few channels and small images."
+    cfg = PRESETS[name]
+    levels = len(cfg.model_args["ch_mult"])
+    cfg = replace(cfg, model_args=cfg.model_args | dict(ch=8, groups=4, attn_resolutions=[4]), steps=2, batch_size=2, warmup=1, size=None)
+    images = torch.randint(256, (4, 3, 32 if levels == 4 else 64, 32 if levels == 4 else 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ddpm = train(cfg, tmp_path, data=T.Dataset("x", images, images))
+    assert len(ddpm.model.down) == levels and ddpm.variance == ("beta" if name == "cifar10" else "beta_tilde")
+    assert [r["lr"] for r in read_log(tmp_path)] == [cfg.lr] and ddpm.sched.T == 1000
+
+
+def test_256_presets_follow_the_official_settings():
+    for name in ("celebahq256", "lsun256", "lsun256_large"):
+        cfg = PRESETS[name]
+        assert (cfg.batch_size, cfg.lr, cfg.dropout, cfg.warmup, cfg.grad_clip, cfg.ema_decay, cfg.ema_warmup) == (64, 2e-5, 0., 5000, 1., .9999, False)
+    assert [PRESETS[n].flip for n in ("celebahq256", "lsun256", "lsun256_large")] == [True, None, False]
+    assert [PRESETS[n].steps for n in ("celebahq256", "lsun256", "lsun256_large")] == [500_000, 1_200_000, 1_150_000]
 
 
 @pytest.mark.parametrize("size", range(4, 70))

@@ -1,0 +1,57 @@
+"benchmarks/speed.py runs and prints what it promises; how long anything takes is never tested."
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SPEED = Path(__file__).parents[1]/"benchmarks/speed.py"
+ROWS = {"training": ("ddpm_nbdev", "float32", "channels first"), "sampling": ("ddpm_nbdev", "bfloat16", ""), "data": ("t and noise", None, ""),
+        "share": ("ddpm_nbdev", None, "channels last"), "memory": ("ddpm_nbdev", None, "float32, channels last"),
+        "processes": ("ddpm_train digits", None, "2 processes")}            # one of each group: what, precision, note
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory):
+    "What the command printed as Markdown, and what it wrote as JSON."
+    path = tmp_path_factory.mktemp("speed")/"speed.json"
+    run = subprocess.run([sys.executable, SPEED, "--tiny", "--markdown", "--device", "cpu", "--json", path], text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout, json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("group", ROWS)
+def test_every_group_has_its_rows(result, group):
+    text, saved = result
+    what, precision, note = ROWS[group]
+    rows = [r for r in saved["rows"] if r["group"] == group]
+    row = next(r for r in rows if r["what"] == what and r.get("precision") == precision and r["note"].startswith(note))
+    assert row.get("seconds") or row.get("bytes"), row
+    assert {"training": "| training step |", "sampling": "| sampling step |", "data": "| data path |", "memory": "| peak memory of training |",
+            "share": "| neither convolution nor matrix product |", "processes": "| command line |"}[group] in text
+
+
+def test_numbers_hang_together(result):
+    saved = result[1]
+    for r in saved["rows"]:
+        if r["group"] in ("training", "sampling") and "times" in r:
+            ceiling = next(c for c in saved["rows"] if c["group"] == r["group"] and c["what"].startswith("ceiling") and c["precision"] == r["precision"])
+            assert r["utilization"] == pytest.approx(r["gflop"]/r["seconds"]/ceiling["gflops"])
+        if r["group"] == "share": assert sum(r["parts"].values()) == pytest.approx(1)
+    assert {"cpu", "cpu_capability", "threads", "torch", "bfloat16_in_hardware"} <= saved["machine"].keys()
+
+
+def test_rivals_are_measured_or_named(result):
+    text, saved = result
+    for name in ("diffusers", "denoising-diffusion-pytorch"):
+        rows = [r for r in saved["rows"] if r["what"] == name]
+        assert {r["group"] for r in rows} == {"training", "sampling", "memory"} | ({"share"} if name == "diffusers" else set())
+        assert all("skipped" in r or "seconds" in r or "bytes" in r for r in rows)
+        assert any("skipped" in r for r in rows) == (f"{name} | float32 | skipped: cannot be imported" in text)
+
+
+def test_same_operations_as_diffusers(result):
+    pytest.importorskip("diffusers")
+    gflop = {r["what"]: r["gflop"] for r in result[1]["rows"] if r["group"] == "training" and "gflop" in r}
+    assert gflop["ddpm_nbdev"] == pytest.approx(gflop["diffusers"], rel=1e-3)
