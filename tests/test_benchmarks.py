@@ -9,7 +9,7 @@ import pytest
 SPEED = Path(__file__).parents[1]/"benchmarks/speed.py"
 ROWS = {"training": ("ddpm_nbdev", "float32", "channels first"), "sampling": ("ddpm_nbdev", "bfloat16", ""), "data": ("t and noise", None, ""),
         "share": ("ddpm_nbdev", None, "channels last"), "memory": ("ddpm_nbdev", None, "float32, channels last"),
-        "processes": ("ddpm_train digits", None, "2 processes")}            # one of each group: what, precision, note
+        "processes": ("ddpm_train folder", None, "1 process")}              # one of each group: what, precision, note
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def test_every_group_has_its_rows(result, group):
     text, saved = result
     what, precision, note = ROWS[group]
     rows = [r for r in saved["rows"] if r["group"] == group]
-    row = next(r for r in rows if r["what"] == what and r.get("precision") == precision and r["note"].startswith(note))
+    row = next(r for r in rows if r["what"] == what and r.get("precision") == precision and r.get("note", "").startswith(note))
     assert row.get("seconds") or row.get("bytes"), row
     assert {"training": "| training step |", "sampling": "| sampling step |", "data": "| data path |", "memory": "| peak memory of training |",
             "share": "| neither convolution nor matrix product |", "processes": "| command line |"}[group] in text
@@ -48,10 +48,10 @@ def test_rivals_are_measured_or_named(result):
         rows = [r for r in saved["rows"] if r["what"] == name]
         assert {r["group"] for r in rows} == {"training", "sampling", "memory"} | ({"share"} if name == "diffusers" else set())
         assert all("skipped" in r or "seconds" in r or "bytes" in r for r in rows)
-        assert any("skipped" in r for r in rows) == (f"{name} | float32 | skipped: cannot be imported" in text)
+        assert any("skipped" in r for r in rows if r["group"] == "training") == (f"{name} | float32 | skipped: cannot be imported" in text)
 
 
 def test_same_operations_as_diffusers(result):
-    pytest.importorskip("diffusers")
     gflop = {r["what"]: r["gflop"] for r in result[1]["rows"] if r["group"] == "training" and "gflop" in r}
+    if "diffusers" not in gflop: pytest.skip("diffusers is not installed")
     assert gflop["ddpm_nbdev"] == pytest.approx(gflop["diffusers"], rel=1e-3)
