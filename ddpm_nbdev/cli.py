@@ -28,7 +28,7 @@ from .ddpm import DDPM, WeightsError, write_json, write_whole
 from .likelihood import Likelihood, evaluate_bits_per_dim, rate_distortion
 from .pretrained import is_diffusers, load_diffusers
 from .train import (PRECISIONS, ConfigError, Interrupted, LowPrecision, TrainConfig, can_show_progress, check_folder, draw_samples,
-                              fast_layout, load_checkpoint, preset, join_processes, leave_processes, read_checkpoint, report, save_curve, save_samples, sum_over_processes, train, world)
+                              fast_layout, load_checkpoint, preset, join_processes, leave_processes, one_says, read_checkpoint, report, save_curve, save_samples, sum_over_processes, train, world)
 
 # %% ../nbs/20_cli.ipynb #a76763ac
 class Parser(argparse.ArgumentParser):
@@ -76,6 +76,9 @@ def command(
         except (torch.cuda.OutOfMemoryError, MemoryError):
             parser.exit(1, f"{name}: out of memory: a smaller batch, more shards or a smaller network might fit\n")
         except (ValueError, OSError) as e: parser.exit(1, f"{name}: {one_line(e)}\n")
+        except RuntimeError as e:
+            if world()[1] == 1 or not any(w in str(e) for w in ('gloo', 'NCCL', 'onnection')): raise
+            parser.exit(1, f"{name}: lost the other processes ({one_line(e)[:150]}...)\n")
     return run
 
 # %% ../nbs/20_cli.ipynb #97f3a34a
@@ -125,30 +128,38 @@ def restarted(
     overwrite:bool,
 )->tuple[bool,bool]: # resume, overwrite
     "What to do when torchrun starts its processes again after one died: go on with this run, or begin again if it has no checkpoint yet."
-    mark, me = out/'.torchrun', f"{os.environ.get('TORCHELASTIC_RUN_ID')} {os.getppid()}"
-    if world()[0] or 'TORCHELASTIC_RUN_ID' not in os.environ: return resume, overwrite       # process 0 decides
-    if mark.exists() and mark.read_text() == me:
-        begun = (out/'checkpoint.safetensors').exists() and not (out/'log.jsonl.new').exists()
-        return begun, not begun
-    check_folder(out, resume, overwrite)
-    out.mkdir(parents=True, exist_ok=True)
-    mark.write_text(me)
-    return resume, overwrite
+    if 'TORCHELASTIC_RUN_ID' not in os.environ: return resume, overwrite
+    mark, me = out/'.torchrun', f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}"       # the same after a restart
+    if world()[0]: resume = overwrite = False                                                # process 0 decides for all
+    elif mark.exists() and mark.read_text() == me:
+        resume = (out/'checkpoint.safetensors').exists() and not (out/'log.jsonl.new').exists()
+        overwrite = not resume
+    else:
+        check_folder(out, resume, overwrite)
+        out.mkdir(parents=True, exist_ok=True)
+        mark.write_text(me)
+    return one_says(resume), one_says(overwrite)
 
 def how_many(
     ddpm:DDPM,      # to sample from
     asked:int|None, # None: 64, or fewer if that takes long
+    option:str,     # what to say to have them all
     say,            # prints
     patience:float=180., # seconds
 )->int:
-    "How many images to draw at the end of a run."
+    "How many images to draw."
     if asked is not None: return asked
-    one, start = torch.zeros(1, *ddpm.shape, device=ddpm.device), time.perf_counter()
-    for _ in range(2): ddpm.p(one, torch.ones(1, dtype=torch.int64, device=ddpm.device)).mean.sum().item()
-    each = sum_over_processes(torch.tensor((time.perf_counter()-start)/2)).item()/world()[1]**2*ddpm.sched.T   # all draw at the same time
+    one, start = torch.zeros(8, *ddpm.shape, device=ddpm.device), None
+    with torch.no_grad():
+        for _ in range(2):                                                                  # the first call is slow
+            start = time.perf_counter()
+            ddpm.p(one, torch.ones(8, dtype=torch.int64, device=ddpm.device)).mean.sum().item()
+    took, processes = torch.tensor(time.perf_counter()-start), world()[1]
+    each = sum_over_processes(took).item()/processes**2*ddpm.sched.T/8                      # their mean; and they share the work
     if 64*each <= patience or ddpm.device.type != 'cpu': return 64
-    n = max(1, int(patience/each))
-    say(f"64 samples would take about {64*each/60:.0f} minutes on this device; drawing {n} (--samples 64 draws them all)")
+    n = int(patience/each)
+    n = n//8*8 if n > 8 else max(1, n)
+    say(f"64 samples would take about {64*each/60:.0f} minutes on this device; drawing {n} ({option} 64 draws them all)")
     return n
 
 def print_now(*args):
@@ -210,7 +221,7 @@ def ddpm_train(
     ddpm = train(cfg, out, device, resume, overwrite, progress=not quiet, data=data)
     trained = read_checkpoint(out/'checkpoint.safetensors')[1]['seconds']
     say(f"\ntrained in {trained:.0f} s; now sampling and measuring")
-    start, n = time.perf_counter(), how_many(ddpm, samples, say)
+    start, n = time.perf_counter(), how_many(ddpm, samples, '--samples', say)
     drawn = draw_samples(ddpm, n, cfg.seed, progress=first and not quiet and can_show_progress())
     metrics = {'seconds_training': round(trained, 1), **report(ddpm, data, drawn), 'seconds_measuring': round(time.perf_counter()-start, 1),
                'parameters': sum(p.numel() for p in ddpm.model.parameters()), 'config': asdict(cfg)}
@@ -273,7 +284,7 @@ def chain_name(
 @command
 def ddpm_sample(
     what:str,              # the folder of a run, one of its checkpoints, a diffusers folder or hub name, or a model that ships with the package: digits, fashion_mnist
-    n:int=64,              # how many images
+    n:int=None,            # how many images (default: 64, on a slow device fewer)
     seed:int=0,            # same seed, same images
     steps_shown:int=0,     # also draw the way from noise to image, at this many moments, for up to 8 of them
     batch_size:int=256,    # images at a time; the images do not depend on it
@@ -285,7 +296,7 @@ def ddpm_sample(
 )->Path:                   # the file
     "Draw images from a trained model. Under torchrun, each process draws its share."
     for name, v in (('n', n), ('batch-size', batch_size)):
-        if v < 1: raise ConfigError(f"{name} must be at least 1, got {v}")
+        if v is not None and v < 1: raise ConfigError(f"{name} must be at least 1, got {v}")
     if not 0 <= seed < 2**32: raise ConfigError(f"seed must be from 0 to 2**32-1, got {seed}")
     if steps_shown < 0 or steps_shown == 1: raise ConfigError(f"steps-shown must be 0 or at least 2, got {steps_shown}")
     if out and Path(out).suffix.lower() not in ('.png', '.safetensors'): raise ConfigError(f"out must be the name of a .png or .safetensors file, got {out}")
@@ -296,7 +307,7 @@ def ddpm_sample(
     join_processes()
     first = world()[0] == 0
     ddpm = with_precision(find_model(what, choose_device(device)), precision)
-    T = ddpm.sched.T
+    T, n = ddpm.sched.T, how_many(ddpm, n, '--n', print if first and not quiet else lambda *a: None)
     if steps_shown > T+1: raise ValueError(f"the chain of this model has {T+1} moments, {steps_shown} cannot be shown")
     moments = [round(T*i/(steps_shown-1)) for i in range(steps_shown)] if steps_shown else []
     shown, start = [], time.perf_counter()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -99,18 +100,18 @@ def test_train_writes_and_says_everything(call, here):
     status, out, err = call(ddpm_train, "digits", *QUICK)
     assert (status, err) == (0, "")
     run = here/"runs/digits"
-    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.safetensors", "config.json", "log.jsonl", "metrics.json", "model.safetensors", "samples.png"]
+    assert sorted(p.name for p in run.iterdir()) == ["checkpoint.safetensors", "config.json", "curve.png", "log.jsonl", "metrics.json", "model.safetensors", "samples.png"]
     for part in ("train", "test"):
-        total, err, L_T, L_mid, L_0 = map(float, re.search(rf"{part} +([\d.]+) \+- ([\d.]+) bits/dim = L_T ([\de.+-]+) \+ L_1:T-1 ([\de.+-]+) \+ L_0 ([\de.+-]+)", out).groups())
+        total, err, L_T, L_mid, L_0 = map(float, re.search(rf"{part} +([\d.]+) \+- ([\d.]+) bits/dim = L_T ([\de.+-]+) \+ L_mid ([\de.+-]+) \+ L_0 ([\de.+-]+)", out).groups())
         assert abs(total-(L_T+L_mid+L_0)) < .02 and err > 0
     assert re.search(r"a classifier of real digits is sure \(above .9\) of \d+% of the samples", out)
     assert re.search(r"\d+ s training \+ \d+ s sampling", out)
-    assert "wrote samples.png model.safetensors config.json metrics.json log.jsonl in runs/digits" in out
+    assert "wrote samples.png model.safetensors config.json metrics.json log.jsonl curve.png in runs/digits" in out
     assert "to sample again: ddpm_sample runs/digits" in out
     metrics = json.loads((run/"metrics.json").read_text())
     assert {"bits_per_dim", "classifier", "seconds_training", "seconds_measuring", "parameters", "config"} <= metrics.keys()
     assert metrics["classifier"]["samples"]["images"] == 64 and metrics["config"]["T"] == 4
-    assert set(metrics["bits_per_dim"]["test"]) == {"total", "L_T", "L_1:T-1", "L_0", "standard_error", "images", "steps_per_image"}
+    assert set(metrics["bits_per_dim"]["test"]) == {"total", "L_T", "L_mid", "L_0", "standard_error", "images", "steps_per_image"}
     config = json.loads((run/"config.json").read_text())
     assert config["levels"] == 17 and config["shape"] == [1, 8, 8]
     assert Image.open(run/"samples.png").format == "PNG"
@@ -232,13 +233,21 @@ def test_sample_wrong_usage(args, said, call, here, finished):
     assert not list(here.iterdir())
 
 
+@pytest.mark.parametrize("args, said", [(["--preset", "celeba"], "unknown preset 'celeba'; known: digits"), (["--precision", "float16"], "unknown precision"),
+    (["--clip", "norm"], "unknown clip"), (["--shards", 3], "cannot be cut into 3 equal shards"), (["--flip", "--no-flip"], "exclude each other"),
+    (["--samples", -1], "samples must be at least 0"), (["--keep-every", 7], "multiple of checkpoint_every"), (["--keep-last", 0], "keep_last must be")])
+def test_train_wrong_usage_of_the_newer_options(args, said, call, here):
+    failed(call(ddpm_train, "digits", *args), 2, said)
+    assert not list(here.iterdir())
+
+
 def test_missing_argument(call):
     failed(call(ddpm_train), 2, "DATASET")
     failed(call(ddpm_sample), 2, "WHAT")
 
 
 def test_unknown_dataset(call, here):
-    failed(call(ddpm_train, "mnist"), 1, "unknown dataset 'mnist'; known: digits, folder:PATH")
+    failed(call(ddpm_train, "mnist"), 1, "unknown dataset 'mnist'; known: digits, folder:PATH, cifar10, fashion_mnist, lsun:PATH")
     assert not list(here.iterdir())
 
 
@@ -378,6 +387,109 @@ def test_options_have_dashes_and_help():
             assert action.help and not any("_" in s for s in action.option_strings)
 
 
+# ---- larger data, other devices, other formats
+
+@pytest.fixture
+def archive(here):
+    "CIFAR-10 in the layout of the official archive, with made-up contents."
+    folder = here/"data/cifar-10-batches-bin"
+    folder.mkdir(parents=True)
+    g = torch.Generator().manual_seed(0)
+    block = torch.randint(0, 256, (100, 3073), dtype=torch.uint8, generator=g)
+    block[:, 0] %= 10
+    for name in [f"data_batch_{i}.bin" for i in range(1, 6)] + ["test_batch.bin"]: (folder/name).write_bytes(block.numpy().tobytes()*100)
+    return here/"data"
+
+
+def test_cifar10_from_a_local_archive(call, here, archive, monkeypatch):
+    "The whole recipe on the official layout; the network has its four levels, but few channels."
+    small = train_module.PRESETS["cifar10"].model_args | dict(ch=8, groups=4)
+    monkeypatch.setitem(train_module.PRESETS, "cifar10", replace(train_module.PRESETS["cifar10"], model_args=small))
+    monkeypatch.setattr(train_module, "estimate_bits_per_dim", lambda ddpm, x: dict(total=1., L_T=0., L_mid=1., L_0=0., standard_error=None, images=len(x)))
+    status, out, err = call(ddpm_train, "cifar10", "--steps", 3, "--batch-size", 8, "--T", 4, "--samples", 3, "--data-dir", archive)
+    assert (status, err) == (0, "") and "cifar10: 50000 training and 10000 test images, 3x32x32, 256 levels; 3 steps on cpu" in out
+    config = json.loads((here/"runs/cifar10/metrics.json").read_text())["config"]
+    assert config["flip"] and config["dropout"] == .1 and config["warmup"] == 5000
+    assert "samples.png" in contents(here/"runs/cifar10")
+    monkeypatch.setenv("DDPM_DATA", str(archive))
+    assert call(ddpm_train, "cifar10", "--resume", "--steps", 4, "--samples", 0)[0] == 0
+
+
+def test_cifar10_without_data_names_the_file(call, here):
+    (here/"empty").mkdir()
+    failed(call(ddpm_train, "cifar10", "--data-dir", "empty"), 1, "cifar-10-binary.tar.gz", "empty")
+    assert not (here/"runs").exists()
+
+
+def test_options_reach_the_settings(call, here):
+    args = ["--shards", 2, "--clip", "shard", "--precision", "bfloat16", "--flip", "--keep-last", 2, "--log-every", 1, "--checkpoint-every", 2, "--keep-every", 2, "--sample-every", 2, "--samples", 0]
+    assert call(ddpm_train, "digits", *QUICK, *args)[0] == 0
+    config = json.loads((here/"runs/digits/metrics.json").read_text())["config"]
+    want = dict(shards=2, clip="shard", precision="bfloat16", flip=True, keep_last=2, log_every=1, checkpoint_every=2, keep_every=2, sample_every=2)
+    assert {k: config[k] for k in want} == want
+    files = contents(here/"runs/digits")
+    assert {"checkpoints/0000002.safetensors", "checkpoints/0000004.safetensors", "samples/000002.png", "curve.png"} <= files.keys() and "samples.png" not in files
+    status, out, _ = call(ddpm_sample, "runs/digits/checkpoints/0000002.safetensors", "--n", 2)
+    assert status == 0 and (here/"0000002.safetensors_samples.png").exists()
+
+
+def test_no_flip(call, here):
+    assert call(ddpm_train, "digits", *QUICK, "--no-flip", "--samples", 0, "--quiet")[0] == 0
+    assert json.loads((here/"runs/digits/metrics.json").read_text())["config"]["flip"] is False
+
+
+def test_a_slow_device_draws_fewer_samples(call, here, monkeypatch):
+    said = []
+    ddpm = DDPM.from_pretrained("digits")
+    assert cli.how_many(ddpm, None, "--n", said.append, patience=1e9) == 64 and not said
+    n = cli.how_many(ddpm, None, "--n", said.append, patience=1.)
+    assert 1 <= n < 64 and f"drawing {n} (--n 64 draws them all)" in said[0]
+    assert cli.how_many(ddpm, 7, "--n", said.append, patience=0.) == 7 and len(said) == 1
+
+
+def test_samples_as_a_tensor(call, here, finished):
+    assert call(ddpm_sample, finished, "--n", 5, "--batch-size", 2, "--out", "x.safetensors")[0] == 0
+    assert call(ddpm_sample, finished, "--n", 3, "--out", "y.safetensors")[0] == 0
+    x, y = (load_file(here/f"{n}.safetensors")["images"] for n in "xy")
+    assert x.shape == (5, 1, 8, 8) and x.dtype == torch.uint8 and (x[:3].int()-y.int()).abs().max() <= 1
+    failed(call(ddpm_sample, finished, "--out", "x.safetensors"), 1, "x.safetensors exists")
+
+
+def test_bfloat16(call, here, finished, monkeypatch):
+    "A trained network in twenty long steps, so that there is something to round."
+    from ddpm_nbdev.schedule import linear_schedule
+    short = replace(DDPM.from_pretrained("digits"), sched=linear_schedule(20, 5e-3, .5))
+    with monkeypatch.context() as m:
+        m.setattr(cli, "find_model", lambda what, device: short)
+        assert call(ddpm_sample, "digits", "--n", 4, "--precision", "bfloat16", "--out", "low.safetensors")[0] == 0
+        assert call(ddpm_sample, "digits", "--n", 4, "--out", "full.safetensors")[0] == 0
+    low, full = (load_file(here/f"{n}.safetensors")["images"].float() for n in ("low", "full"))
+    assert 0 < (low-full).abs().mean() < 1                        # of 16 gray levels
+    failed(call(ddpm_sample, finished, "--precision", "int8"), 2, "unknown precision 'int8'; known: float32, bfloat16")
+    failed(call(ddpm_evaluate, finished, "--precision", "int8"), 2, "unknown precision")
+    assert call(ddpm_evaluate, finished, "--images", 4, "--curve-images", 1, "--precision", "bfloat16", "--out", "low.json")[0] == 0
+    assert call(ddpm_evaluate, finished, "--images", 4, "--curve-images", 1, "--out", "full.json")[0] == 0
+    low, full = (evaluated(here/f"{n}.json")["test"]["total"] for n in ("low", "full"))
+    assert low != full and low == pytest.approx(full, rel=.02)
+
+
+def test_a_diffusers_folder(call, here):
+    from ddpm_nbdev.pretrained import OfficialUNet, save_diffusers
+    from ddpm_nbdev.schedule import linear_schedule
+    torch.manual_seed(0)
+    model = OfficialUNet(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[], resolution=8, groups=4).eval()
+    save_diffusers(DDPM(model, linear_schedule(3), (3, 8, 8)), here/"theirs")
+    assert call(ddpm_sample, "theirs", "--n", 2)[0] == 0 and (here/"theirs_samples.png").exists()
+    failed(call(ddpm_sample, "runs/none"), 1, "runs/none")
+
+
+def test_a_name_on_the_hub(call, here, monkeypatch):
+    asked = []
+    monkeypatch.setattr(cli, "load_diffusers", lambda name, device: asked.append(name) or DDPM.from_pretrained("digits"))
+    assert call(ddpm_sample, "google/ddpm-cifar10-32", "--n", 1)[0] == 0
+    assert asked == ["google/ddpm-cifar10-32"] and (here/"ddpm-cifar10-32_samples.png").exists()
+
+
 # ---- as processes
 
 def shell(*args, **kw):
@@ -386,7 +498,7 @@ def shell(*args, **kw):
 
 def test_module_as_command(here):
     res = shell("train", "mnist")
-    assert (res.returncode, res.stderr) == (1, "ddpm_train: unknown dataset 'mnist'; known: digits, folder:PATH\n")
+    assert (res.returncode, res.stderr) == (1, "ddpm_train: unknown dataset 'mnist'; known: digits, folder:PATH, cifar10, fashion_mnist, lsun:PATH\n")
     res = shell("ddpm_train", "digits", "--T", "0")
     assert res.returncode == 2 and len(res.stderr.splitlines()) == 1
     for args, status in (([], 2), (["fly"], 2), (["train", "--help"], 0)):

@@ -180,7 +180,7 @@ def test_a_signal_to_one_process_stops_all_of_them_saved(tmp_path):
 
 def test_sampling_is_shared(tmp_path):
     train(replace(TINY, steps=4), tmp_path/"run", progress=False)
-    finish(torchrun("-m", "ddpm_nbdev.cli", "sample", "run", "--n", "5", "--out", "two.safetensors", cwd=tmp_path))
+    finish(torchrun("-m", "ddpm_nbdev.cli", "--", "sample", "run", "--n", "5", "--out", "two.safetensors", cwd=tmp_path))
     alone = subprocess.run([sys.executable, "-m", "ddpm_nbdev.cli", "sample", "run", "--n", "5", "--batch-size", "2", "--out", "one.safetensors"], cwd=tmp_path, env=ENV, capture_output=True, text=True)
     assert alone.returncode == 0, alone.stderr
     one, two = (load_file(tmp_path/f"{n}.safetensors")["images"] for n in ("one", "two"))
