@@ -243,11 +243,12 @@ def interleaved(tasks, s):
 def network_rows(s, group, say):
     "Rows of training or sampling: a step's time, the ratio to diffusers in float32, and the ceiling's share."
     train = group == 'training'
-    ours, theirs, small = (ours_training, diffusers_training, lucidrains_training) if train else (ours_sampling, diffusers_sampling, lucidrains_sampling)
+    makers = (ours_training, diffusers_training, lucidrains_training), (ours_sampling, diffusers_sampling, lucidrains_sampling)
+    ours, theirs, small = makers[0 if train else 1]
     nets = {OURS: lambda: UNet(**s.net), DIFFUSERS: lambda: diffusers_net(s), LUCIDRAINS: lambda: lucidrains_net(s)}
     low = s if s.bfloat16 else s.but(batch=1)                            # imitated bfloat16 is too slow for more
     plan = [(OURS, 'float32', layout, ours, dict(layout=layout), s) for layout in LAYOUTS]
-    plan += [(OURS, 'bfloat16', layout, ours, dict(layout=layout, precision='bfloat16'), low) for layout in list(LAYOUTS)[:2 if s.bfloat16 else 1]]
+    for layout in list(LAYOUTS)[:2 if s.bfloat16 else 1]: plan.append((OURS, 'bfloat16', layout, ours, dict(layout=layout, precision='bfloat16'), low))
     if train and s.compile: plan += [(OURS, p, 'compiled', ours, dict(precision=p, compiled=True), s) for p in DTYPES]
     plan += [(DIFFUSERS, 'float32', '', theirs, {}, s)]
     if train: plan += [(DIFFUSERS, 'float32', 'our optimizer, average and layout', theirs, dict(tuned=True), s)]
@@ -275,7 +276,8 @@ def network_rows(s, group, say):
     say(f"timing {len(tasks)} tasks for {group}, {s.repeats} rounds")
     times = interleaved(tasks, s)
 
-    best = {p: max((n/statistics.median(times['ceiling', p, name])/1e9, name) for (q, name), n in ceilings.items() if q == p) for p in DTYPES}
+    speeds = {p: {name: n/statistics.median(times['ceiling', p, name])/1e9 for (q, name), n in ceilings.items() if q == p} for p in DTYPES}
+    best = {p: max((v, name) for name, v in speeds[p].items()) for p in DTYPES}
     calls = 1 if train else s.steps
     for row in rows:
         if 'key' not in row: continue
@@ -288,8 +290,8 @@ def network_rows(s, group, say):
         if 'seconds' in row and base and row['what'] != LUCIDRAINS: row['ratio'] = base/row['seconds']
         if row['what'] == OURS and row['note'].startswith(('channels last', 'compiled')): row['target'] = TARGETS[group, row['precision']]
     for precision, (gflops, name) in best.items():
-        rows.append(dict(group=group, what='ceiling: 3x3 convolution', precision=precision, note=name, gflops=gflops, utilization=1.,
-                         all={n: c/statistics.median(times['ceiling', p, n])/1e9 for (p, n), c in ceilings.items() if p == precision}))
+        rows.append(dict(group=group, what='ceiling: 3x3 convolution', precision=precision, note=name, gflops=gflops,
+                         utilization=1., all=speeds[precision]))
     return rows
 
 # ---- the other questions
@@ -303,12 +305,14 @@ def data_rows(s, say):
     tasks = {'training step': step, 'images: index, flip, scale': lambda: batches(0), 't and noise': lambda: example_noise(0, place, 1000, like)}
     times = interleaved({k: (f, s.repeats) for k, f in tasks.items()}, s)
     whole = statistics.median(times.pop('training step'))
-    return [dict(group='data', what=k, batch=s.batch, times=v, seconds=statistics.median(v), share=statistics.median(v)/whole) for k, v in times.items()]
+    medians = {k: statistics.median(v) for k, v in times.items()}
+    return [dict(group='data', what=k, batch=s.batch, times=times[k], seconds=m, share=m/whole) for k, m in medians.items()]
 
 KINDS = {  # words in the names of torch's operators -> what they do; the first that fits counts
     'convolution': ('conv',), 'matrix product': ('mm', 'matmul', 'linear', 'attention'), 'normalization': ('group_norm', 'GroupNorm'),
-    'optimizer and average': ('adam', 'Adam', 'optimizer', 'Optimizer', 'lerp', '_foreach'), 'clipping': ('vector_norm',), 'activation': ('silu', 'sigmoid'),
-    'random numbers, dropout': ('bernoulli', 'dropout', 'rand', 'normal_', 'bitwise', 'rshift'), 'copies': ('copy', 'cat', 'clone', 'pad', 'upsample', 'fill_', 'zero'),
+    'optimizer and average': ('adam', 'Adam', 'optimizer', 'Optimizer', 'lerp', '_foreach'), 'clipping': ('vector_norm',),
+    'activation': ('silu', 'sigmoid'), 'random numbers, dropout': ('bernoulli', 'dropout', 'rand', 'normal_', 'bitwise', 'rshift'),
+    'copies': ('copy', 'cat', 'clone', 'pad', 'upsample', 'fill_', 'zero'),
     'sums and products': ('aten::add', 'aten::mul', 'aten::div', 'aten::sum', 'aten::where')}
 
 def share_rows(s, say):
@@ -332,8 +336,9 @@ def share_rows(s, say):
             if cuda and e.device_type != torch.autograd.DeviceType.CPU: continue      # a kernel's time is also its operator's
             parts[next((kind for kind, words in KINDS.items() if any(w in e.key for w in words)), 'other')] += spent/1e6
         whole = sum(parts.values())
-        rows.append(dict(group='share', what=who, note=note, batch=s.batch, seconds=whole, share=1-(parts['convolution']+parts['matrix product'])/whole,
-                         parts={k: v/whole for k, v in parts.items()}))
+        parts = {k: v/whole for k, v in parts.items()}
+        rows.append(dict(group='share', what=who, note=note, batch=s.batch, seconds=whole, parts=parts,
+                         share=1-parts['convolution']-parts['matrix product']))
     return rows
 
 MEMORY = {(OURS, 'float32, channels last'): (ours_training, {}), (OURS, 'float32, channels first'): (ours_training, dict(layout='channels first')),
@@ -364,7 +369,8 @@ def memory_rows(s, say):
     if sys.platform == 'win32': return [dict(group='memory', what=OURS, note='', skipped='not measured on Windows')]
     context = multiprocessing.get_context('forkserver')                  # imports once, then a fresh process for each
     preload = ['ddpm_nbdev.train', 'torch.profiler', 'torch.utils.flop_counter']
-    if not s.missing.get(DIFFUSERS) and not s.tiny: preload += ['diffusers.models.unets.unet_2d', 'diffusers.schedulers.scheduling_ddpm', 'diffusers.training_utils']
+    if not s.missing.get(DIFFUSERS) and not s.tiny:
+        preload += ['diffusers.models.unets.unet_2d', 'diffusers.schedulers.scheduling_ddpm', 'diffusers.training_utils']
     context.set_forkserver_preload(preload)
     rows, small = [], dict(batch=s.memory_batch, net=s.net, device=s.device)
     for (who, note) in MEMORY:
@@ -389,11 +395,13 @@ def memory_rows(s, say):
     return rows
 
 def process_rows(s, say):
-    "Steps a second of the command line: one process, then two that share the batch (gloo on CPUs, nccl on GPUs). With T = 2 what comes after training is short."
+    "Steps a second of the command line: one process, then two that share the batch (gloo on CPUs, nccl on GPUs)."
     if not s.dir and not s.tiny: return [dict(group='processes', what='ddpm_train cifar10', note='', skipped='needs --data')]
-    if s.device.type == 'cuda' and torch.cuda.device_count() < 2: return [dict(group='processes', what='ddpm_train', note='', skipped='needs two GPUs')]
+    if s.device.type == 'cuda' and torch.cuda.device_count() < 2:
+        return [dict(group='processes', what='ddpm_train cifar10', note='', skipped='needs two GPUs')]
     steps, dataset = s.repeats+2, 'folder' if s.tiny else 'cifar10'
-    options = f"--steps {steps} --batch-size {s.batch} --log-every 1 --sample-every 0 --samples 1 --quiet --device {s.device.type} --T 2".split()
+    options = f"--steps {steps} --batch-size {s.batch} --log-every 1 --quiet --device {s.device.type}".split()
+    options += '--T 2 --samples 1 --sample-every 0'.split()              # little to do after training
     if s.dir: options += ['--data-dir', str(s.dir)]
     rows, torchrun = [], ['torch.distributed.run', '--standalone', '--nproc-per-node']
     with tempfile.TemporaryDirectory() as tmp:
@@ -406,7 +414,8 @@ def process_rows(s, say):
             if s.tiny and n > 1:
                 rows.append(row | dict(skipped='not with --tiny'))
                 continue
-            p = subprocess.run([sys.executable, '-m', *launcher, 'ddpm_nbdev.cli', 'train', name, *options, '--out', str(out)], text=True, capture_output=True)
+            command = [sys.executable, '-m', *launcher, 'ddpm_nbdev.cli', 'train', name, *options, '--out', str(out)]
+            p = subprocess.run(command, text=True, capture_output=True)
             log = (out/'log.jsonl').read_text().splitlines() if (out/'log.jsonl').exists() else []
             seconds = [json.loads(line)['seconds'] for line in log]
             if p.returncode or len(seconds) != steps: row['skipped'] = f"it failed: {(p.stderr.strip().splitlines() or ['?'])[-1]}"
@@ -437,7 +446,8 @@ HEADS = {
 def cells(r):
     "A row of the printed table."
     num = lambda key, fmt='{:.1f}', by=1: fmt.format(r[key]*by) if r.get(key) is not None else ''
-    if 'skipped' in r: return [r['what'], *([r['precision']] if 'precision' in r else []), ', '.join(filter(None, (r['note'], f"skipped: {r['skipped']}")))]
+    if 'skipped' in r:
+        return [r['what'], *([r['precision']] if 'precision' in r else []), ', '.join(filter(None, (r['note'], f"skipped: {r['skipped']}")))]
     if r['group'] in ('training', 'sampling'):
         note = r['note'] + ' '*bool(r['note']) + (f"(batch {r['batch']}, {len(r['times'])}x)" if 'times' in r else '')
         ratio, use = r.get('target') or (None, None)
@@ -447,7 +457,8 @@ def cells(r):
     if r['group'] == 'share':
         parts = sorted(((k, v) for k, v in r['parts'].items() if k not in ('convolution', 'matrix product')), key=lambda kv: -kv[1])
         return [r['what'], f"{r['note']}{r['note'] and ', '}batch {r['batch']}", percent(r['share']), ', '.join(f"{k} {100*v:.1f}%" for k, v in parts)]
-    if r['group'] == 'memory': return [r['what'], f"{r['note']}, batch {r['batch']}", num('bytes', '{:,.0f}', 1e-6), num('ratio', '{:.2f}'), num('target', '{:.2f}')]
+    if r['group'] == 'memory':
+        return [r['what'], f"{r['note']}, batch {r['batch']}", num('bytes', '{:,.0f}', 1e-6), num('ratio', '{:.2f}'), num('target', '{:.2f}')]
     return [r['what'], f"{r['note']}, batch {r['batch']}", f"{1/r['seconds']:.3f}", num('ratio', '{:.2f}')]
 
 def print_table(group, rows, markdown):
@@ -458,7 +469,9 @@ def print_table(group, rows, markdown):
         for line in (head, ['---']*len(head), *body): print('| ' + ' | '.join(line) + ' |')
     else:
         width = [max(len(line[i]) for line in (head, *body)) for i in range(len(head))]
-        for line in (head, *body): print('  '.join(v.ljust(w) if i < 3 or len(head) < 6 else v.rjust(w) for i, (v, w) in enumerate(zip(line, width))).rstrip())
+        for line in (head, *body):
+            padded = [v.ljust(w) if i < 3 or len(head) < 6 else v.rjust(w) for i, (v, w) in enumerate(zip(line, width))]
+            print('  '.join(padded).rstrip())
     print(flush=True)
 
 def main(argv=None):
@@ -490,14 +503,15 @@ def main(argv=None):
     gpu = device.type == 'cuda'
     s = Settings(data=data, dir=a.data, device=device, batch=a.batch or (2 if a.tiny else 128 if gpu else 8), repeats=1 if a.tiny else a.repeats,
                  steps=10 if gpu else 2, net=TINY if a.tiny else FULL, tiny=a.tiny, missing=missing, bfloat16=bfloat16_in_hardware(device),
-                 compile=a.compile or gpu and not a.tiny, memory_batch=a.memory_batch or (2 if a.tiny else 32), sync=torch.cuda.synchronize if gpu else lambda: None)
+                 compile=a.compile or gpu and not a.tiny, memory_batch=a.memory_batch or (2 if a.tiny else 32),
+                 sync=torch.cuda.synchronize if gpu else lambda: None)
     torch.manual_seed(0)
     facts = machine(device)
     versions = {m: importlib.metadata.version(m) for m in (DIFFUSERS, LUCIDRAINS) if m not in missing}
     where = f"{facts['gpu']}, " if gpu else ''
     head = [f"{where}{facts['cpu']} ({facts['cpu_capability']}, {facts['cores']} cores), {facts['threads']} threads, torch {facts['torch']}"
             + ''.join(f", {k} {v}" for k, v in versions.items()) + f", load {facts['load_average']} at the start",
-            f"{'the device has' if facts['bfloat16_in_hardware'] else 'NO'} bfloat16 arithmetic{'' if facts['bfloat16_in_hardware'] else ' in this device: it is imitated, and slow'}",
+            'bfloat16 arithmetic in hardware' if s.bfloat16 else 'NO bfloat16 arithmetic in this device: it is imitated, and slow',
             f"{'CIFAR-10' if a.data else 'RANDOM IMAGES (no --data)'}, batch {s.batch}, medians of {s.repeats} interleaved rounds"
             + (', NARROW NETWORK (--tiny): the numbers mean nothing' if a.tiny else '')]
     for line in head: print(f"- {line}" if a.markdown else line)
@@ -509,6 +523,8 @@ def main(argv=None):
         new = make(s, say) if make else network_rows(s, group, say)
         print_table(group, new, a.markdown)
         rows += new
-        if a.json: Path(a.json).write_text(json.dumps({'machine': facts | {'rivals': versions}, 'images': data.name, 'batch': s.batch, 'repeats': s.repeats, 'rows': rows}, indent=1) + '\n')
+        if a.json:
+            saved = {'machine': facts | {'rivals': versions}, 'images': data.name, 'batch': s.batch, 'repeats': s.repeats, 'rows': rows}
+            Path(a.json).write_text(json.dumps(saved, indent=1) + '\n')
 
 if __name__ == '__main__': main()
