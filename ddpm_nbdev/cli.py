@@ -87,11 +87,10 @@ def choose_device(
 )->str:
     "A device that works, or a one-line error."
     name = name or ('cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu')
-    if name == 'cuda' and 'LOCAL_RANK' in os.environ: name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if 'LOCAL_RANK' in os.environ and name.startswith('cuda:'): raise ConfigError(f"torchrun gives each process its GPU: say --device cuda, not {name}")
     try: torch.zeros(1, device=name).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ValueError(f"device {name!r} cannot be used: {str(e).splitlines()[0].split('Expected one of')[0] or 'unknown; try cpu or cuda'}") from e
-    if name.startswith('cuda:'): torch.cuda.set_device(name)
     return name
 
 # %% ../nbs/20_cli.ipynb #df9fa32e
@@ -118,7 +117,7 @@ def settings_for(
     name:str|None,    # the preset
     changes:dict,     # what the user asked for
 )->TrainConfig:
-    "The preset with the user's changes; if nothing is said of checkpoints to keep, every n-th fits between."
+    "The preset with the user's changes; one shard for each process unless the user says otherwise."
     processes = int(os.environ.get('WORLD_SIZE', 1))
     return preset(dataset, name, **{'shards': processes} | changes)
 
@@ -128,16 +127,19 @@ def restarted(
     overwrite:bool,
 )->tuple[bool,bool]: # resume, overwrite
     "What to do when torchrun starts its processes again after one died: go on with this run, or begin again if it has no checkpoint yet."
-    if 'TORCHELASTIC_RUN_ID' not in os.environ: return resume, overwrite
-    mark, me = out/'.torchrun', f"{os.environ['TORCHELASTIC_RUN_ID']} {os.getppid()}"       # the same after a restart
-    if world()[0]: resume = overwrite = False                                                # process 0 decides for all
-    elif mark.exists() and mark.read_text() == me:
+    run_id = os.environ.get('TORCHELASTIC_RUN_ID')
+    if run_id is None: return resume, overwrite
+    mark, again = out/'.torchrun', os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    if world()[0]: resume = overwrite = False                                    # process 0 decides for all
+    elif mark.exists() and (again or run_id != 'none' and mark.read_text() == run_id):
         resume = (out/'checkpoint.safetensors').exists() and not (out/'log.jsonl.new').exists()
         overwrite = not resume
     else:
+        mark.unlink(missing_ok=True)                                             # of an earlier start
         check_folder(out, resume, overwrite)
         out.mkdir(parents=True, exist_ok=True)
-        mark.write_text(me)
+        if resume: (out/'log.jsonl.new').unlink(missing_ok=True)                 # of a run that was to replace this one, and died
+        mark.write_text(run_id)
     return one_says(resume), one_says(overwrite)
 
 def how_many(
@@ -204,7 +206,8 @@ def ddpm_train(
                    compile=compile or None, shards=shards, clip=clip, log_every=log_every, checkpoint_every=checkpoint_every, keep_last=keep_last,
                    keep_every=keep_every, sample_every=sample_every)
     changes = {k: v for k, v in changes.items() if v is not None}
-    settings_for(dataset, preset, changes)     # wrong values are found before anything is read
+    if resume and preset: raise ConfigError("a run that goes on keeps its settings: --preset and --resume exclude each other")
+    if not resume: settings_for(dataset, preset, changes)     # wrong values are found before anything is read
     join_processes()
     first = world()[0] == 0
     say = print_now if first and not quiet else lambda *a: None
@@ -331,9 +334,10 @@ def data_of(
     data_dir:str|None=None, # where the dataset's files are
 )->Dataset:
     "The images to evaluate on, which must fit the model."
-    checkpoint, size, channels = Path(what)/'checkpoint.safetensors', ddpm.shape[-1], ddpm.shape[0]
+    path, size, channels = Path(what), ddpm.shape[-1], ddpm.shape[0]
+    checkpoint = path if path.is_file() else path/'checkpoint.safetensors'
     if dataset is None and checkpoint.exists(): dataset = read_checkpoint(checkpoint)[1]['config']['dataset']
-    if dataset is None and Path(what).is_dir():
+    if dataset is None and (path.is_dir() or '/' in what):
         raise ValueError(f"{what} does not say what it was trained on: name it with --dataset")
     data = load_dataset(dataset or what, size, channels, data_dir)
     if (data.shape, data.levels) != (ddpm.shape, ddpm.levels):
@@ -363,14 +367,15 @@ def ddpm_evaluate(
     device:str=None,       # cpu, cuda, cuda:1, ... (default: a GPU if there is one)
     quiet:bool=False,      # print nothing but errors
 )->dict:                   # what was added to the file, under 'evaluation'
-    "Measure bits/dim, rate and distortion of a trained model."
+    "Measure bits/dim, rate and distortion of a trained model. (Never on MPS, which lacks float64.)"
     for name, v in (('steps', steps), ('images', images), ('curve-images', curve_images)):
         if v is not None and v < 1: raise ConfigError(f"{name} must be at least 1, got {v}")
     if not 0 <= seed < 2**32: raise ConfigError(f"seed must be from 0 to 2**32-1, got {seed}")
     if precision not in PRECISIONS: raise ConfigError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     join_processes()
     first, autocast = world()[0] == 0, None if precision == 'float32' else PRECISIONS[precision]
-    start, ddpm = time.perf_counter(), find_model(what, choose_device(device))
+    start, where = time.perf_counter(), choose_device(device)
+    ddpm = find_model(what, 'cpu' if where == 'mps' else where)
     data = data_of(what, dataset, ddpm, data_dir)
     path = Path(out) if out else Path(what)/'metrics.json' if Path(what).is_dir() else free_name(what, 'metrics', '.json')
     path.parent.mkdir(parents=True, exist_ok=True)

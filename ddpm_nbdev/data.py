@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SOURCES', 'DEBIAN_FASHION_MNIST', 'DATASETS', 'Dataset', 'load_digits', 'toss', 'flip_where', 'epoch_order',
-           'batch_indices', 'Batches', 'Progress', 'free_memory', 'check_memory', 'is_gray', 'read_head', 'read_image',
-           'list_images', 'hold_out', 'split_images', 'read_all', 'load_folder', 'fetch', 'parse_cifar10', 'read_tar',
-           'load_cifar10', 'parse_idx', 'load_fashion_mnist', 'find_lsun', 'open_lmdb', 'decode_lmdb', 'load_lsun',
-           'load_dataset']
+           'batch_indices', 'to_device', 'Batches', 'Progress', 'free_memory', 'check_memory', 'is_gray', 'read_head',
+           'read_image', 'list_images', 'hold_out', 'split_images', 'read_all', 'load_folder', 'fetch', 'parse_cifar10',
+           'read_tar', 'load_cifar10', 'parse_idx', 'load_fashion_mnist', 'find_lsun', 'open_lmdb', 'decode_lmdb',
+           'load_lsun', 'load_dataset']
 
 # %% ../nbs/12_data.ipynb #c6e72ac7
 import glob
@@ -86,7 +86,7 @@ def flip_where(
     x:Tensor,      # images `(b, c, h, w)`
 )->Tensor:         # same shape
     "Mirror the images with a True left to right."
-    return torch.where(mirror.to(x.device)[:, None, None, None], x.flip(-1), x)
+    return torch.where(mirror[:, None, None, None], x.flip(-1), x)
 
 # %% ../nbs/12_data.ipynb #0e268e13
 @lru_cache(maxsize=4)
@@ -108,6 +108,13 @@ def batch_indices(
     first, last = step*batch_size, (step+1)*batch_size
     epochs = range(first//n, (last-1)//n + 1)
     return torch.cat([epoch_order(n, seed, e) for e in epochs])[first-epochs[0]*n:last-epochs[0]*n]
+
+def to_device(
+    x:Tensor, # on the CPU
+    device,   # where it is needed
+)->Tensor:
+    "A copy that a GPU fetches when it comes to it, so that nobody waits."
+    return x.pin_memory().to(device, non_blocking=True) if torch.device(device).type == 'cuda' else x.to(device)
 
 class Batches:
     "Training batches: `batches(step)` gives images in [-1, 1] and their places in the run."
@@ -131,8 +138,8 @@ class Batches:
         size = self.batch_size//shards
         part = slice(shard*size, (shard+1)*size)
         place = step*self.batch_size + torch.arange(self.batch_size)[part]
-        x = self.images[batch_indices(len(self.images), self.batch_size, self.seed, step)[part].to(self.images.device)]
-        return to_model_range(flip_where(toss(self.seed, place), x) if self.flip else x, self.levels), place
+        x = self.images[to_device(batch_indices(len(self.images), self.batch_size, self.seed, step)[part], self.images.device)]
+        return to_model_range(flip_where(to_device(toss(self.seed, place), x.device), x) if self.flip else x, self.levels), place
 
 # %% ../nbs/12_data.ipynb #f4ac38c2
 class Progress:
@@ -183,8 +190,8 @@ def check_memory(
     n:int,      # images
     shape:tuple[int,int,int], # of each, `(c, h, w)`
 ):
-    "Raise ValueError if `n` images do not fit the memory."
-    need, free = n*math.prod(shape), free_memory()
+    "Raise ValueError if `n` images do not fit the memory; of several processes on one machine each holds them."
+    need, free = n*math.prod(shape)*int(os.environ.get('LOCAL_WORLD_SIZE', 1)), free_memory()
     if free is not None and need > .9*free:
         raise ValueError(f"{n} images of {shape[1]}x{shape[2]} in {what} take {need/1e9:.1f} GB, and {free/1e9:.1f} GB of memory are free: "
                          "choose a smaller size, or take fewer images")
@@ -456,7 +463,7 @@ def find_lsun(
 def open_lmdb(
     where:Path, # a folder with data.mdb
 )->tuple:       # the environment, to be closed by the caller; the keys in order
-    "Open a data base to read it; raises ValueError if it cannot be read."
+    "Open a database to read it; raises ValueError if it cannot be read."
     try: import lmdb
     except ImportError: raise ValueError("'lsun' needs the package lmdb: pip install 'ddpm_nbdev[lsun]', or pip install lmdb") from None
     try:

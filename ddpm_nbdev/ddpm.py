@@ -69,13 +69,14 @@ def choose_steps(
 )->tuple[Tensor,Tensor]: # steps and weights, `(n, k+1)`, or `(1, T)` if all images share them
     "Which t to evaluate and how to weight the terms so that their sum is unbiased; t = 1 always comes first, with weight 1."
     if count_steps(T, k) == T: return torch.arange(1, T+1, device=index.device)[None], torch.ones(1, T, device=index.device)
-    prob = 1/torch.arange(2, T+1, dtype=torch.float64, device=index.device)            # more often where the terms are large
+    device, index = index.device, index.cpu()                                          # float64, which not every device has
+    prob = 1/torch.arange(2, T+1, dtype=torch.float64)                                 # more often where the terms are large
     prob = prob/prob.sum()
     z = indexed_noise(key, index, torch.zeros_like(index), prob.new_empty(len(index), k))
-    u = (torch.arange(k, device=index.device) + torch.special.ndtr(z))/k               # one in each k-th of the probability
+    u = (torch.arange(k) + torch.special.ndtr(z))/k                                    # one in each k-th of the probability
     i = torch.searchsorted(prob.cumsum(0), u).clamp(max=T-2)
-    one = torch.ones(len(index), 1, device=index.device)
-    return torch.cat([one.long(), i+2], 1), torch.cat([one, (1/(k*prob[i])).float()], 1)
+    one = torch.ones(len(index), 1)
+    return torch.cat([one.long(), i+2], 1).to(device), torch.cat([one, (1/(k*prob[i])).float()], 1).to(device)
 
 # %% ../nbs/10_ddpm.ipynb #89d4bdfc
 @dataclass
@@ -188,7 +189,7 @@ class DDPM:
         batches = self.bound_terms(x0, key, index, steps, batch_size)
         if progress: batches = progress_bar(batches, total=-(-n*count_steps(self.sched.T, steps)//batch_size), leave=False)
         sums = torch.zeros(2*n, dtype=torch.float64)                                  # L_0 and L_mid of each image
-        for i, t, w, nats, _ in batches: sums.index_add_(0, ((t > 1)*n + i).cpu(), (nats*w).double().cpu())
+        for i, t, w, nats, _ in batches: sums.index_add_(0, ((t > 1)*n + i).cpu(), (nats*w).cpu().double())
         parts = [v.cpu()/math.log(2) for v in (prior_kl(self.sched, x0), sums[n:], sums[:n])]
         return BitsPerDim(sum(parts), *parts)
 

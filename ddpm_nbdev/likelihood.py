@@ -73,7 +73,7 @@ def evaluate_bits_per_dim(
         sums = torch.zeros(2, len(x), dtype=torch.float64)                            # L_0 and L_mid of each image
         for i, t, w, nats, p in ddpm.bound_terms(x, key, index[here].to(ddpm.device), steps, batch_size):
             mse = mean_flat((p.x0-x[i])**2)
-            i, t, w, nats, mse = (v.cpu() for v in (i, t, w.double(), nats.double(), mse.double()))
+            i, t, w, nats, mse = i.cpu(), t.cpu(), *(v.cpu().double() for v in (w, nats, mse))
             per_t.index_add_(1, t, torch.stack([torch.ones_like(nats), nats, nats**2, mse]))
             sums.view(-1).index_add_(0, (t > 1)*len(x) + i, nats*w)
         L_T = prior_kl(ddpm.sched, x).cpu()

@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grad_norm_
 
-from .data import Batches, Dataset, epoch_order, load_dataset
+from .data import Batches, Dataset, epoch_order, load_dataset, to_device
 from .ddpm import (ARCHITECTURES, DDPM, SCHEDULES, WeightsError, ddpm_config, ddpm_from_config, load_weights,
                              model_from_config, read_weights, write_whole)
 from .decoder import to_model_range, to_uint8
@@ -98,9 +98,11 @@ class TrainConfig:
                 v = getattr(self, n)
                 if isinstance(v, bool) or not isinstance(v, (int, float)) or not ok(v):
                     raise ConfigError(f"{n} must be {what}, got {v}")
-        need('T steps batch_size shards log_every checkpoint_every keep_last sample_n', lambda v: v == int(v) and v >= 1, "a whole number, at least 1")
-        need('warmup sample_every keep_every', lambda v: v == int(v) and v >= 0, "a whole number, at least 0")
-        need('seed', lambda v: v == int(v) and 0 <= v < 2**32, "a whole number from 0 to 2**32-1")
+        whole = lambda v: isinstance(v, int)
+        need('T steps batch_size shards log_every checkpoint_every keep_last sample_n', lambda v: whole(v) and v >= 1, "a whole number, at least 1")
+        need('warmup sample_every keep_every', lambda v: whole(v) and v >= 0, "a whole number, at least 0")
+        need('seed', lambda v: whole(v) and 0 <= v < 2**32, "a whole number from 0 to 2**32-1")
+        if self.flip not in (None, True, False): raise ConfigError(f"flip must be True, False or None, got {self.flip!r}")
         need('lr grad_clip', lambda v: 0 < v < math.inf, "a positive number")
         need('dropout ema_decay', lambda v: 0 <= v < 1, "at least 0 and below 1")
         for n, table in dict(mean=MEANS, variance=VARIANCES, objective=OBJECTIVES, model=ARCHITECTURES, schedule=SCHEDULES,
@@ -234,14 +236,15 @@ def example_noise(
     key, place = subseed(seed, 1), place.cpu()
     u = torch.special.ndtr(indexed_noise(key, place, torch.zeros_like(place), torch.empty(len(place), dtype=torch.float64)))
     t = (1 + (T*u).long()).clamp(max=T)                      # u is uniform in [0, 1]
-    return t.to(like.device, non_blocking=True), indexed_noise(key, place, torch.ones_like(place), like)
+    t, place, one = (to_device(v, like.device) for v in (t, place, torch.ones_like(place)))
+    return t, indexed_noise(key, place, one, like)
 
 @contextmanager
 def own_randomness(
     device:torch.device,  # where dropout happens
 ):
-    "Whatever the block does to torch's global generators, undo it afterwards."
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []): yield
+    "Whatever the block does to torch's global generators of the CPU and of GPUs from NVIDIA, undo it afterwards."
+    with torch.random.fork_rng(range(torch.cuda.device_count()) if device.type == 'cuda' else []): yield
 
 # %% ../nbs/13_train.ipynb #8659ef8f
 def world()->tuple[int,int]: # this process's number and how many there are
@@ -250,12 +253,13 @@ def world()->tuple[int,int]: # this process's number and how many there are
 
 def join_processes():
     "Let the processes that torchrun started know each other, once; for a process started without it nothing happens."
-    if 'TORCHELASTIC_RUN_ID' not in os.environ or dist.is_initialized(): return
+    if 'TORCHELASTIC_RUN_ID' not in os.environ or not dist.is_available() or dist.is_initialized(): return
+    if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))     # 'cuda' is another GPU for each
     dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
 
 def leave_processes():
     "The orderly end, when all are done. (After an error nothing is to be said: torchrun ends the others.)"
-    if world()[1] > 1: dist.destroy_process_group()
+    if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
 
 def sum_over_processes(
     x:Tensor,  # a tensor of each process, all of one shape
@@ -288,7 +292,7 @@ def my_share(
 )->range:   # which of them this process does
     "A run of consecutive numbers for each process, as equal as can be."
     rank, size = world()
-    return range(n*rank//size, n*(rank+1)//size)
+    return range(-(-n*rank//size), -(-n*(rank+1)//size))      # rounded up: process 0 is the last to have nothing
 
 # %% ../nbs/13_train.ipynb #feb8c9bd
 def fast_layout(
@@ -326,7 +330,7 @@ def network_for_training(
     cfg:TrainConfig,     # for precision, compile and clip
     device:torch.device, # where it lives
 )->nn.Module:            # computes the same function with the same weights
-    "The network as the loss should call it: compiled, in lower precision, with gradients averaged over processes, as the settings ask."
+    "The network as the loss should call it: compiled (which draws other dropout masks), in lower precision, with gradients averaged over processes, as the settings ask."
     if cfg.compile: model = torch.compile(model)
     if cfg.precision != 'float32': model = Autocast(model, PRECISIONS[cfg.precision])
     if world()[1] > 1 and cfg.clip == 'batch': model = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -345,7 +349,8 @@ def shard_loss(
     torch.manual_seed(subseed(cfg.seed, 4, state.step, shard))               # of dropout
     return state.training.loss(x0, t=t, noise=eps).mean()
 
-# each: (state, batches) -> mean loss of the whole batch and length of its gradient, scalars; the clipped gradient is left in .grad
+# each: (state, batches) -> mean loss of the whole batch, and length of its gradient before clipping (for 'shard' the mean of
+# the shards' lengths), scalars; the clipped gradient is left in .grad
 def clip_batch(state, batches):
     "The gradient of the whole batch, then clipped."
     rank, size = world()
@@ -373,8 +378,8 @@ def clip_shard(state, batches):
         else: torch._foreach_add_(sums, grads)
         numbers += torch.stack([loss.detach(), norm])
         state.opt.zero_grad()
-    torch._foreach_div_(sums, state.cfg.shards)
-    for p, g in zip(params, sums): p.grad = sum_over_processes(g)
+    flat = sum_over_processes(torch.cat([g.flatten() for g in sums])/state.cfg.shards)   # one message, not one for each weight
+    for p, g, part in zip(params, sums, flat.split([g.numel() for g in sums])): p.grad = g.copy_(part.view_as(g))
     return tuple(sum_over_processes(numbers)/state.cfg.shards)
 
 CLIPS = {'batch': clip_batch, 'shard': clip_shard}
@@ -383,7 +388,7 @@ def training_step(
     state,            # the TrainState, which moves on by one step
     batches:Batches,  # gives the images
 )->tuple[Tensor,Tensor]: # loss (mean over the batch) and length of the gradient before clipping, scalars on the device
-    "One step of Algorithm 1: gradient, Adam, average. Nothing in it waits for the device."
+    "One step of Algorithm 1: gradient, Adam, average. No number is fetched from the device in it."
     state.opt.param_groups[0]['lr'] = learning_rate(state.step, state.cfg)
     state.opt.zero_grad()
     loss, grad_norm = CLIPS[state.cfg.clip](state, batches)
@@ -478,7 +483,7 @@ def load_checkpoint(
     return ddpm.to(device)
 
 # %% ../nbs/13_train.ipynb #35f36480
-RESUMABLE = ('steps', 'log_every', 'checkpoint_every', 'keep_last', 'keep_every', 'sample_every', 'sample_n', 'compile')  # what may change when a run goes on
+RESUMABLE = ('steps', 'log_every', 'checkpoint_every', 'keep_last', 'keep_every', 'sample_every', 'sample_n')  # what may change when a run goes on
 
 def check_folder(
     path:Path,       # where a run should go
@@ -525,6 +530,7 @@ class RunFolder:
         state.load(self.checkpoint)
         self.saved_step = state.step
         if not self.writes: return
+        (self.path/'log.jsonl.new').unlink(missing_ok=True)                 # of a run that was to replace this one, and died
         keep = [row for row in read_log(self.path) if row['step'] <= state.step]
         write_whole(self.log, ''.join(json.dumps(row)+'\n' for row in keep).encode())
 
@@ -678,7 +684,7 @@ def train(
     with own_randomness(torch.device(device)), finish_step_first() as stop:
         data = data or load_dataset(cfg.dataset, cfg.size, cfg.channels)
         batches = Batches(data.train.to(device), cfg.batch_size, cfg.seed, data.flip if cfg.flip is None else cfg.flip, data.levels)
-        if cfg.shards % world()[1]: raise ConfigError(f"{world()[1]} processes cannot share {cfg.shards} shards evenly: choose shards as a multiple")
+        if cfg.shards % world()[1]: raise ConfigError(f"{world()[1]} processes cannot share {cfg.shards} shards evenly: choose {'a number of processes that divides it' if resume else 'shards as a multiple'}")
         run, state = RunFolder(out, resume, overwrite), TrainState(cfg, data, device)
         if resume: run.restore(state)
         start = time.perf_counter() - state.seconds
@@ -751,8 +757,8 @@ def estimate_bits_per_dim(
     images = images or max(32, EVALUATION_PIXELS // ((steps+1)*x[0].numel()))
     i = epoch_order(len(x), seed, 0)[:images].clone()
     mine = i[list(my_share(len(i)))]
-    bits = ddpm.bits_per_dim(to_model_range(x[mine], ddpm.levels), torch.Generator().manual_seed(subseed(seed, 3)), steps, index=mine)
-    bits = gather_rows(torch.stack(bits, 1))                                                    # `(images, 4)`
+    if len(mine): bits = ddpm.bits_per_dim(to_model_range(x[mine], ddpm.levels), torch.Generator().manual_seed(subseed(seed, 3)), steps, index=mine)
+    bits = gather_rows(torch.stack(bits, 1) if len(mine) else torch.zeros(0, 4, dtype=torch.float64))                                                    # `(images, 4)`
     parts = dict(zip(('total', 'L_T', 'L_mid', 'L_0'), bits.mean(0).tolist()))
     error = bits[:, 0].std().item()/len(i)**.5 if len(i) > 1 else None
     return parts | {'standard_error': error, 'images': len(i), 'steps_per_image': min(steps+1, ddpm.sched.T)}
@@ -806,6 +812,7 @@ def report(
     classifier:nn.Module|None=None, # from `digit_classifier`; None trains it, if the data are digits
 )->dict:            # JSON-able
     "Bits/dim on training and test images; for digits, also what the classifier thinks of the samples."
+    if ddpm.device.type == 'mps': ddpm = replace(ddpm, model=copy.deepcopy(ddpm.model)).to('cpu')    # likelihoods need float64
     res = {'bits_per_dim': {part: estimate_bits_per_dim(ddpm, getattr(data, part)) for part in ('train', 'test')}}
     if data.name != 'digits' or not len(samples): return res
     classifier, real = classifier or digit_classifier(data), to_model_range(data.test, data.levels)

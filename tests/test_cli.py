@@ -387,6 +387,48 @@ def test_options_have_dashes_and_help():
             assert action.help and not any("_" in s for s in action.option_strings)
 
 
+def test_resume_is_judged_by_the_settings_of_the_run(call, here):
+    assert call(ddpm_train, "digits", *QUICK, "--checkpoint-every", 2, "--samples", 0)[0] == 0
+    assert call(ddpm_train, "digits", "--resume", "--steps", 6, "--keep-every", 2, "--samples", 0)[0] == 0     # the preset has 250
+    assert (here/"runs/digits/checkpoints/0000006.safetensors").exists()
+    failed(call(ddpm_train, "digits", "--resume", "--preset", "folder"), 2, "--preset and --resume exclude each other")
+
+
+def test_evaluate_asks_for_the_dataset_where_nobody_knows_it(call, here, run, monkeypatch):
+    monkeypatch.setattr(cli, "load_diffusers", lambda name, device: DDPM.from_pretrained("digits"))
+    failed(call(ddpm_evaluate, "google/ddpm-cifar10-32"), 1, "name it with --dataset")
+    status, _, err = call(ddpm_evaluate, run/"checkpoint.safetensors", "--images", 2, "--curve-images", 1, "--out", "a.json")
+    assert (status, err) == (0, "") and evaluated(here/"a.json")["test"]["n"] == 2          # a checkpoint knows
+
+
+def test_what_a_restart_does(here, finished, monkeypatch):
+    "The first start asks the folder's rules; a restart goes on with this run, or begins it again, and never with another's."
+    run = shutil.copytree(finished, here/"run")
+    assert cli.restarted(run, False, True) == (False, True) and not (run/".torchrun").exists()       # no torchrun, no mark
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(ValueError, match="already holds a run"): cli.restarted(run, False, False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(ValueError, match="already holds a run"): cli.restarted(run, False, False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    (run/"log.jsonl.new").write_text("")                                                             # a dead --overwrite
+    assert cli.restarted(run, True, False) == (True, False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert cli.restarted(run, True, False) == (True, False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    assert cli.restarted(run, False, True) == (False, True)
+    (run/"log.jsonl.new").write_text("")                                                             # as RunFolder does
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert cli.restarted(run, False, True) == (False, True)                                          # no checkpoint of its own yet
+    (run/"log.jsonl.new").unlink()
+    assert cli.restarted(run, False, True) == (True, False)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    with pytest.raises(ValueError, match="already holds a run"): cli.restarted(run, False, False)    # a new start, without a name
+    for name in ("job7", "job7"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
+        assert cli.restarted(run, True, False) == (True, False)                                      # a queue starts the same name again
+
+
 # ---- larger data, other devices, other formats
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.likelihood import evaluate_bits_per_dim
-from ddpm_nbdev.train import TrainConfig, draw_samples, load_checkpoint, read_checkpoint, read_log, train
+from ddpm_nbdev.train import TrainConfig, draw_samples, estimate_bits_per_dim, load_checkpoint, read_checkpoint, read_log, train
 
 torch.set_num_threads(1)
 MODEL = dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], groups=4)
@@ -93,6 +93,19 @@ def test_resume_on_fewer_processes(tmp_path):
 def test_processes_must_divide_the_shards(tmp_path):
     out = finish(torchrun(script(tmp_path, "train(replace(TINY, shards=1), out/'run', progress=False)")), status=1)
     assert "2 processes cannot share 1 shards evenly" in out and not (tmp_path/"run").exists()
+
+
+def test_fewer_images_than_processes(tmp_path):
+    ddpm = train(replace(TINY, steps=4), tmp_path/"run", progress=False)
+    finish(torchrun(script(tmp_path, """
+import json
+from ddpm_nbdev.train import estimate_bits_per_dim
+join_processes()
+r = estimate_bits_per_dim(load_checkpoint(out/'run'), load_dataset('digits').test[:1])
+(out/f'{world()[0]}.json').write_text(json.dumps(r))
+""")))
+    want = estimate_bits_per_dim(ddpm, load_dataset("digits").test[:1])
+    for rank in range(2): assert json.loads((tmp_path/f"{rank}.json").read_text()) == pytest.approx(want, rel=1e-5)
 
 
 def test_evaluation_is_shared(tmp_path):

@@ -432,6 +432,25 @@ def test_what_many_processes_need_works_for_one():
     assert T.gather_rows(x) is x and T.sum_over_processes(x) is x
 
 
+def test_resume_clears_what_a_dead_overwrite_left(data, tmp_path):
+    "Or a restart under torchrun would take it for the sign of a run that had just begun."
+    train(replace(TINY, steps=6), tmp_path, data=data)
+    (tmp_path/"log.jsonl.new").write_text("")
+    train(replace(TINY, steps=8), tmp_path, resume=True, data=data)
+    assert not (tmp_path/"log.jsonl.new").exists() and read_log(tmp_path)[-1]["step"] == 8
+
+
+def test_shares_are_complete_and_the_first_is_never_the_only_empty_one(monkeypatch):
+    for n in (0, 1, 2, 5, 8, 13):
+        for size in (1, 2, 3, 8):
+            parts = []
+            for rank in range(size):
+                monkeypatch.setattr(T, "world", lambda: (rank, size))
+                parts.append(T.my_share(n))
+            assert [i for p in parts for i in p] == list(range(n))
+            assert max(map(len, parts)) - min(map(len, parts)) <= 1 and (n == 0 or len(parts[0]) > 0)
+
+
 # ---- which checkpoints stay
 
 @pytest.mark.parametrize("keep_last, keep_every, steps", [(1, 0, []), (3, 0, [12, 18, 24]), (1, 12, [12, 24]), (2, 12, [12, 18, 24])])
@@ -498,7 +517,7 @@ def test_checkpoint_loads_average_or_raw(tmp_path, data):
 
 @pytest.mark.parametrize("field, value", [("T", 0), ("T", 2.5), ("T", True), ("T", "10"), ("steps", 0), ("batch_size", -1), ("lr", 0.), ("lr", -1.), ("lr", math.inf), ("lr", math.nan), ("warmup", -1),
     ("grad_clip", 0.), ("ema_decay", 1.), ("dropout", 1.), ("seed", -1), ("seed", 2**32), ("mean", "epsilon"), ("variance", "fixed"), ("objective", "mse"),
-    ("model", "Transformer"), ("clip", "norm"), ("precision", "float16"), ("shards", 0), ("shards", 3), ("keep_last", 0), ("keep_every", 4), ("schedule", "cosine"), ("schedule_args", {"beta_T": 1.5}), ("schedule_args", {"beta": .1}), ("log_every", 0), ("sample_every", -1)])
+    ("model", "Transformer"), ("clip", "norm"), ("precision", "float16"), ("shards", 0), ("shards", 3), ("keep_last", 0), ("keep_every", 4), ("steps", 1e3), ("steps", math.inf), ("batch_size", 8.), ("T", math.nan), ("flip", "no"), ("schedule", "cosine"), ("schedule_args", {"beta_T": 1.5}), ("schedule_args", {"beta": .1}), ("log_every", 0), ("sample_every", -1)])
 def test_config_names_what_is_wrong(field, value):
     with pytest.raises(ConfigError, match=field.replace("_args", "")): replace(TINY, **{field: value})
 
