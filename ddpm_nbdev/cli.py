@@ -28,7 +28,7 @@ from .ddpm import DDPM, WeightsError, write_json, write_whole
 from .likelihood import Likelihood, evaluate_bits_per_dim, rate_distortion
 from .pretrained import is_diffusers, load_diffusers
 from .train import (PRECISIONS, ConfigError, Interrupted, LowPrecision, TrainConfig, can_show_progress, check_folder, draw_samples,
-                              fast_layout, load_checkpoint, preset, join_processes, leave_processes, one_says, read_checkpoint, report, save_curve, save_samples, sum_over_processes, train, world)
+                              fast_layout, load_checkpoint, preset, join_processes, one_says, read_checkpoint, report, save_curve, save_samples, sum_over_processes, train, world)
 
 # %% ../nbs/20_cli.ipynb #a76763ac
 class Parser(argparse.ArgumentParser):
@@ -67,9 +67,7 @@ def command(
         parser = make_parser(func)
         options, rank = vars(parser.parse_args()), os.environ.get('RANK', '0')
         name = parser.prog if rank == '0' else f"{parser.prog} (process {rank})"
-        try:
-            func(**options)
-            leave_processes()
+        try: func(**options)
         except ConfigError as e: parser.error(one_line(e))
         except KeyboardInterrupt as e:
             parser.exit(130, f"\n{name}: {one_line(e) if isinstance(e, Interrupted) else 'interrupted'}\n")
@@ -78,7 +76,8 @@ def command(
         except (ValueError, OSError) as e: parser.exit(1, f"{name}: {one_line(e)}\n")
         except RuntimeError as e:
             if world()[1] == 1 or not any(w in str(e) for w in ('gloo', 'NCCL', 'onnection')): raise
-            parser.exit(1, f"{name}: lost the other processes ({one_line(e)[:150]}...)\n")
+            print(f"{name}: lost the other processes ({one_line(e)[:150]}...)", file=sys.stderr, flush=True)
+            os._exit(1)                                                           # an orderly end would wait for them
     return run
 
 # %% ../nbs/20_cli.ipynb #97f3a34a

@@ -13,7 +13,8 @@ __all__ = ['PRECISIONS', 'UNET32', 'UNET256', 'IMAGE256', 'PRESETS', 'CLIPS', 'C
            'resume_command', 'plot_log', 'save_curve', 'estimate_bits_per_dim', 'not_digits', 'digit_classifier',
            'classifier_confidence', 'report']
 
-# %% ../nbs/13_train.ipynb #45ea42db
+# %% ../nbs/13_train.ipynb #b23bbe32
+import atexit
 import copy
 import io
 import json
@@ -255,11 +256,17 @@ def join_processes():
     "Let the processes that torchrun started know each other, once; for a process started without it nothing happens."
     if 'TORCHELASTIC_RUN_ID' not in os.environ or not dist.is_available() or dist.is_initialized(): return
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))     # 'cuda' is another GPU for each
-    dist.init_process_group('cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo')
+    backend, env = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', os.environ
+    if env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and env['GROUP_WORLD_SIZE'] == '1':
+        store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False)   # torchrun keeps it over restarts, so
+        store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)         # what dead processes left must not be found
+        dist.init_process_group(backend, store=store, rank=int(env['RANK']), world_size=int(env['WORLD_SIZE']))
+    else: dist.init_process_group(backend)
+    atexit.register(leave_processes)
 
 def leave_processes():
-    "The orderly end, when all are done. (After an error nothing is to be said: torchrun ends the others.)"
-    if dist.is_available() and dist.is_initialized(): dist.destroy_process_group()
+    "The orderly end; also done when Python ends."
+    if dist.is_initialized(): dist.destroy_process_group()
 
 def sum_over_processes(
     x:Tensor,  # a tensor of each process, all of one shape

@@ -31,7 +31,10 @@ def torchrun(*args, cwd=None, processes=2, options=()):
 
 
 def finish(process, status=0):
-    out, _ = process.communicate(timeout=240)
+    try: out, _ = process.communicate(timeout=240)
+    finally:
+        try: os.killpg(process.pid, signal.SIGKILL)                    # whatever hangs does not outlive the test
+        except ProcessLookupError: pass
     assert (process.returncode == 0) == (status == 0), out
     return out
 
@@ -105,7 +108,9 @@ r = estimate_bits_per_dim(load_checkpoint(out/'run'), load_dataset('digits').tes
 (out/f'{world()[0]}.json').write_text(json.dumps(r))
 """)))
     want = estimate_bits_per_dim(ddpm, load_dataset("digits").test[:1])
-    for rank in range(2): assert json.loads((tmp_path/f"{rank}.json").read_text()) == pytest.approx(want, rel=1e-5)
+    for rank in range(2):
+        got = json.loads((tmp_path/f"{rank}.json").read_text())
+        assert got.pop("standard_error") is None and got == pytest.approx({k: v for k, v in want.items() if v is not None}, rel=1e-5)
 
 
 def test_evaluation_is_shared(tmp_path):
@@ -158,7 +163,7 @@ def wait_for(condition, process, seconds=120):
 def test_a_killed_worker_does_not_change_the_result(when, tmp_path):
     "kill -9: torchrun starts all again, and the run ends with the weights of one that nobody disturbed."
     steps = 120
-    p = torchrun(*TRAIN, "--steps", steps, "--out", "run", cwd=tmp_path, options=["--max-restarts=2"])
+    p = torchrun(*TRAIN, "--steps", steps, "--out", "run", cwd=tmp_path, options=["--max-restarts=2", "--shutdown-timeout=5"])
     mark = tmp_path/"run"/("log.jsonl" if when.startswith("after") else "log.jsonl.new")
     wait_for(lambda: mark.exists() and len(workers(p)) == 2, p)
     os.kill(workers(p)[1], signal.SIGKILL)
