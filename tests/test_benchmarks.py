@@ -55,3 +55,15 @@ def test_same_operations_as_diffusers(result):
     gflop = {r["what"]: r["gflop"] for r in result[1]["rows"] if r["group"] == "training" and "gflop" in r}
     if "diffusers" not in gflop: pytest.skip("diffusers is not installed")
     assert gflop["ddpm_nbdev"] == pytest.approx(gflop["diffusers"], rel=1e-3)
+
+
+def test_the_page_and_the_readme_show_the_same_measurements():
+    "Every row of numbers on the CIFAR-10 page stands in benchmarks/README.md, too, and belongs to the run in results/."
+    import json
+    root = Path(__file__).parent.parent
+    page = "\n".join("".join(c["source"]) for c in json.loads((root/"nbs/21_cifar10.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
+    rows = [line for line in page.splitlines() if line.startswith(("| ddpm_nbdev", "| diffusers", "| ddpm_train", "| ceiling", "| denoising"))]
+    readme = (root/"benchmarks/README.md").read_text().splitlines()
+    assert len(rows) > 15 and not set(rows) - set(readme)
+    numbers = json.dumps(json.loads((root/"benchmarks/results/cpu_avx2.json").read_text()))
+    assert "AVX2" in numbers and "ddpm_nbdev" in numbers
