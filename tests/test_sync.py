@@ -77,10 +77,11 @@ def test_sidebar_lists_every_notebook():
     def files(entries):
         for e in entries:
             if isinstance(e, str): yield e
+            elif "href" in e: yield e["href"]
             else: yield from files(e["contents"])
     config = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))
     listed = list(files(config["website"]["sidebar"]["contents"]))
-    assert {p.name for p in NOTEBOOKS} <= set(listed) and len(listed) == len(set(listed))
+    assert {p.name for p in NOTEBOOKS} == set(listed) and len(listed) == len(set(listed))
     assert yaml.safe_load((ROOT/"nbs"/"_quarto.yml").read_text()) == {"metadata-files": ["../_quarto.yml"]}
 
 
