@@ -1,0 +1,229 @@
+"The site as files: it builds without a warning, nothing leads nowhere, nothing comes from elsewhere. Nothing here needs a browser."
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = {p.stem: p for p in sorted((ROOT/"nbs").glob("[!_]*.ipynb"))}
+WEB = yaml.safe_load((ROOT/"_quarto.yml").read_text(encoding="utf-8"))["website"]
+MISSING = [m for m in ("smalldocs", "mathjax") if find_spec(m) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"no site is built: {' and '.join(MISSING)} not installed (smalldocs needs Python 3.11)")
+
+
+class Page(HTMLParser):
+    "The tags of a page, its text outside code and math, and its math."
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.open, self.prose, self.math = [], [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.ids = [a["id"] for _, a in self.tags if a.get("id")]
+
+    def handle_starttag(self, tag, attrs):
+        attrs = {k: v or "" for k, v in attrs}
+        self.tags.append((tag, attrs))
+        if tag in ("script", "style", "pre", "code"): self.open.append((tag, "code"))
+        elif tag == "span": self.open.append((tag, "math" if "math" in attrs.get("class", "").split() else "span"))
+
+    def handle_endtag(self, tag):
+        if self.open and self.open[-1][0] == tag: self.open.pop()
+
+    def handle_data(self, data):
+        kinds = {kind for _, kind in self.open}
+        if "math" in kinds: self.math.append(data)
+        elif "code" not in kinds: self.prose.append(data)
+
+    def all(self, tag): return [a for t, a in self.tags if t == tag]
+
+
+def build(root, out):
+    return subprocess.run([sys.executable, ROOT/"tools"/"build_site", root, "--out", out], text=True, capture_output=True)
+
+
+def snapshot(folder):
+    return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    out, before = tmp_path_factory.mktemp("site")/"_docs", snapshot(ROOT/"nbs")
+    res = build(ROOT, out)
+    return out, res, before == snapshot(ROOT/"nbs")
+
+
+@pytest.fixture(scope="session")
+def site(built): return built[0]
+
+
+@pytest.fixture(scope="session")
+def pages(site): return {p.relative_to(site).as_posix(): Page(p) for p in sorted(site.rglob("*.html"))}
+
+
+def page_of(stem):
+    "The page of a notebook: named after its module where it has one."
+    text = NOTEBOOKS[stem].read_text(encoding="utf-8")
+    module = re.search(r'"#\|\s*default_exp\s+(\w+)', text)
+    return f"{module[1]}.html" if module else f"{re.sub('^[0-9]+[a-z]?_', '', stem)}.html"
+
+
+def test_builds_without_a_warning(built):
+    _, res, clean = built
+    assert res.returncode == 0 and not res.stderr, res.stderr
+    assert clean, "the notebooks' folder was written to"
+
+
+def test_one_page_for_each_notebook(pages): assert set(pages) == {page_of(s) for s in NOTEBOOKS}
+
+
+def test_links_and_anchors(site, pages):
+    lost = []
+    for name, page in pages.items():
+        for href in [a["href"] for a in page.all("a") if a.get("href")]:
+            if re.match(r"[a-z]+:", href):
+                if href.startswith(WEB["site-url"]): lost.append(f"{name}: {href} is absolute")
+                continue
+            path, _, anchor = href.partition("#")
+            target = path.removeprefix("./") or name
+            if not (site/target).is_file() or anchor and unquote(anchor) not in pages[target].ids: lost.append(f"{name}: {href}")
+    assert not lost, "\n".join(lost)
+
+
+def test_anchors_are_unique(pages):
+    assert not {name: twice for name, page in pages.items() if (twice := [i for i, n in Counter(page.ids).items() if n > 1])}
+
+
+def test_search_leads_to_what_exists(site, pages):
+    entries = json.loads((site/"search.json").read_text(encoding="utf-8"))
+    assert any("posterior" in e["text"] for e in entries)
+    for e in entries:
+        name, _, anchor = e["href"].partition("#")
+        assert not anchor or anchor in pages[name].ids, e["href"]
+
+
+def test_pictures_have_words(pages):
+    pictures = [(name, a) for name, page in pages.items() for a in page.all("img")]
+    assert len(pictures) > 40
+    assert not [name for name, a in pictures if len(a.get("alt", "")) < 10]
+
+
+@pytest.mark.parametrize("number", range(1, 16))
+def test_each_equation_is_numbered_once(pages, number):
+    homes = [name for name, page in pages.items() for m in page.math if rf"\tag{{{number}}}" in m]
+    assert len(homes) == 1, homes
+    assert f"eq-{number}" in pages[homes[0]].ids
+
+
+def test_mentions_of_equations_lead_to_them(pages):
+    hrefs = [a["href"].partition("#") for page in pages.values() for a in page.all("a") if "#eq-" in a.get("href", "")]
+    assert {anchor for _, _, anchor in hrefs} >= {f"eq-{n}" for n in range(2, 16)} and {bool(page) for page, _, _ in hrefs} == {True, False}
+
+
+def test_math_is_marked_as_math(pages):
+    "No TeX in running text; pages with math load the typesetter, which is on the site."
+    for name, page in pages.items():
+        text = " ".join(page.prose)
+        assert not re.findall(r".{0,40}(?:\$|\\[A-Za-z]{2,}).{0,40}", text), name
+        assert bool(page.math) == any(a.get("src") == "site_libs/mathjax/tex-svg-full.js" for a in page.all("script")), name
+
+
+def test_nothing_is_loaded_from_elsewhere(site, pages):
+    remote = re.compile(r"\s*(?:[a-z]+:)?//", re.I)
+    for name, page in pages.items():
+        used = [a[k] for t, a in page.tags for k in ("src", "srcset", "data", "poster") if k in a] + [a["href"] for a in page.all("link")]
+        assert not [u for u in used if remote.match(u)], name
+        assert "jsdelivr" not in (site/name).read_text(encoding="utf-8"), name
+    for path in [*site.rglob("*.css"), *site.rglob("*.html")]:
+        text = re.sub(r"<(pre|code)\b.*?</\1>", "", path.read_text(encoding="utf-8"), flags=re.S)
+        found = re.findall(r"""(?:url\(\s*["']?|@import\s+["'])(?:https?:)?//[^)"']*""", text)
+        assert not found, path.name
+
+
+def test_size(site, pages):
+    assert sum(p.stat().st_size for p in site.rglob("*") if p.is_file()) < 40e6
+    assert not {name: size for name in pages if (size := (site/name).stat().st_size) > 3e6}
+
+
+def order(entries):
+    for e in entries:
+        if isinstance(e, str): yield Path(e).stem
+        elif "href" in e: yield Path(e["href"]).stem
+        else: yield from order(e["contents"])
+
+
+def test_previous_and_next(pages):
+    stems = list(order(WEB["sidebar"]["contents"]))
+    assert stems[0] == "index"
+    for before, stem, after in zip([None, *stems], stems, [*stems[1:], None]):
+        around = [page_of(s) for s in (before, after) if s]
+        assert [a["href"] for a in pages[page_of(stem)].all("a") if a.get("class") == "pagination-link"] == around
+
+
+@pytest.mark.parametrize("stem", NOTEBOOKS)
+def test_links_to_source_and_colab(pages, stem):
+    hrefs = [a["href"] for a in pages[page_of(stem)].all("a") if "href" in a]
+    path = f"{WEB['repo-url'].removeprefix('https://github.com/')}/blob/{WEB['repo-branch']}/nbs/{stem}.ipynb"
+    assert f"https://github.com/{path}" in hrefs
+    assert f"https://colab.research.google.com/github/{path}" in hrefs
+
+
+def cell(source, kind="code", outputs=()):
+    res = {"cell_type": kind, "id": f"c{abs(hash(source))%10**7}", "metadata": {}, "source": source}
+    return {**res, "execution_count": None, "outputs": list(outputs)} if kind == "code" else res
+
+
+def shown(mime, data): return [{"output_type": "display_data", "metadata": {}, "data": {mime: data}}]
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    "A project of two pages with one fault of each kind, and one picture for each source of alternative text; built by the tool."
+    root = tmp_path_factory.mktemp("toysite")
+    (root/"nbs").mkdir()
+    (root/"toylib").mkdir()
+    (root/"toylib"/"__init__.py").touch()
+    for name in ["settings.ini", "_quarto.yml", "nbs/_quarto.yml", "nbs/styles.css"]:
+        (root/name).write_text((ROOT/name).read_text(encoding="utf-8").replace("ddpm_nbdev", "toylib"), encoding="utf-8")
+    config = yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8"))
+    config["website"]["sidebar"]["contents"] = ["index.ipynb", "00_toy.ipynb"]
+    (root/"_quarto.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    pages = {
+        "00_toy": [cell("# Toy\n> A toy.", "markdown"), cell("## What's **it** for, then?", "markdown"),
+                   cell('#| fig-cap: "A \\"gray\\" dot"\n1', outputs=shown("image/png", pixel)),
+                   cell('#| fig-alt: "A <moving> dot"\n2', outputs=shown("text/html", f'<img id="a" src="data:image/png;base64,{pixel}">'))],
+        "index": [cell("# Toys\n> All toys.", "markdown"), cell("[good](00_toy.ipynb#whats-it-for-then) and $x_1$", "markdown"),
+                  cell("[bad anchor](00_toy.ipynb#nowhere)\n\n[bad page](01_none.ipynb)\n\n![far](https://example.org/far.png)", "markdown"),
+                  cell("3", outputs=shown("image/png", pixel))]}
+    for name, cells in pages.items():
+        nb = {"cells": cells, "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}},
+              "nbformat": 4, "nbformat_minor": 5}
+        (root/"nbs"/f"{name}.ipynb").write_text(json.dumps(nb), encoding="utf-8")
+    return root/"_docs", build(root, root/"_docs"), root
+
+
+@pytest.mark.parametrize("fault", ["toy.html#nowhere leads to an anchor that does not exist", "broken link 01_none.ipynb",
+                                   "index.html: loads https://example.org/far.png from elsewhere",
+                                   "index.html: 1 pictures without alternative text"])
+def test_faults_fail_the_build(toy, fault): assert toy[1].returncode == 1 and fault in toy[1].stderr, toy[1].stderr
+
+
+def test_good_parts_are_not_faults(toy):
+    "A heading with punctuation has the anchor that links use; a caption is alternative text, also of an animation."
+    out, res, _ = toy
+    assert not re.search(r"whats-it-for-then|^toy\.html", res.stderr, re.M), res.stderr
+    page = Page(out/"toy.html")
+    assert [a["alt"] for a in page.all("img")] == ['A "gray" dot', "A <moving> dot"]
+
+
+def test_a_folder_that_is_no_site_is_kept(toy, tmp_path):
+    (tmp_path/"precious.txt").touch()
+    res = build(toy[2], tmp_path)
+    assert res.returncode == 1 and "not a site" in res.stderr and [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
