@@ -134,6 +134,11 @@ def test_math_is_marked_as_math(pages):
         assert bool(page.math) == any(a.get("src") == "site_libs/mathjax/tex-svg-full.js" for a in page.all("script")), name
 
 
+def test_no_links_as_text(site):
+    "nbdev links names in the comments of signatures, where Markdown is not read."
+    for path in site.glob("*.html"): assert f"]({WEB['site-url']}" not in path.read_text(encoding="utf-8"), path.name
+
+
 def test_nothing_is_loaded_from_elsewhere(site, pages):
     remote = re.compile(r"\s*(?:[a-z]+:)?//", re.I)
     for name, page in pages.items():
