@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Parser', 'make_parser', 'one_line', 'command', 'choose_device', 'settings_of_run', 'describe_bits', 'settings_for',
-           'restarted', 'how_many', 'print_now', 'ddpm_train', 'find_model', 'with_precision', 'free_name',
-           'chain_name', 'ddpm_sample', 'data_of', 'table_row', 'ddpm_evaluate', 'main']
+           'restarted', 'how_many', 'print_now', 'ddpm_train', 'find_model', 'check_precision', 'with_precision',
+           'free_name', 'chain_name', 'ddpm_sample', 'data_of', 'table_row', 'ddpm_evaluate', 'main']
 
 # %% ../nbs/20_cli.ipynb #67f92688
 import argparse
@@ -150,7 +150,7 @@ def how_many(
 )->int:
     "How many images to draw."
     if asked is not None: return asked
-    one, start = torch.zeros(8, *ddpm.shape, device=ddpm.device), None
+    one = torch.zeros(8, *ddpm.shape, device=ddpm.device)
     with torch.no_grad():
         for _ in range(2):                                                                  # the first call is slow
             start = time.perf_counter()
@@ -257,12 +257,17 @@ def find_model(
     try: return fast_layout(DDPM.from_pretrained(what, device))
     except WeightsError as e: raise WeightsError(f"{e}; and there is no run in a folder {what}") from e
 
+def check_precision(
+    precision:str, # what the user asked for
+):
+    "Raise ConfigError for a precision that is not known."
+    if precision not in PRECISIONS: raise ConfigError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+
 def with_precision(
     ddpm:DDPM,     # its network computes in float32
     precision:str, # 'float32' or 'bfloat16'
 )->DDPM:           # to sample from
     "The same model, with its weights cast once."
-    if precision not in PRECISIONS: raise ConfigError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
     return ddpm if precision == 'float32' else replace(ddpm, model=LowPrecision(ddpm.model, PRECISIONS[precision]))
 
 def free_name(
@@ -302,7 +307,7 @@ def ddpm_sample(
     if not 0 <= seed < 2**32: raise ConfigError(f"seed must be from 0 to 2**32-1, got {seed}")
     if steps_shown < 0 or steps_shown == 1: raise ConfigError(f"steps-shown must be 0 or at least 2, got {steps_shown}")
     if out and Path(out).suffix.lower() not in ('.png', '.safetensors'): raise ConfigError(f"out must be the name of a .png or .safetensors file, got {out}")
-    if precision not in PRECISIONS: raise ConfigError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    check_precision(precision)
     out = Path(out) if out else free_name(what)
     for path in [out, chain_name(out)] if steps_shown else [out]:
         if path.exists() and not overwrite: raise ValueError(f"{path} exists: choose another --out, or --overwrite it")
@@ -370,7 +375,7 @@ def ddpm_evaluate(
     for name, v in (('steps', steps), ('images', images), ('curve-images', curve_images)):
         if v is not None and v < 1: raise ConfigError(f"{name} must be at least 1, got {v}")
     if not 0 <= seed < 2**32: raise ConfigError(f"seed must be from 0 to 2**32-1, got {seed}")
-    if precision not in PRECISIONS: raise ConfigError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
+    check_precision(precision)
     join_processes()
     first, autocast = world()[0] == 0, None if precision == 'float32' else PRECISIONS[precision]
     start, where = time.perf_counter(), choose_device(device)

@@ -333,9 +333,8 @@ class LowPrecision(nn.Module):
     def forward(self, xt, t): return self.model(xt.to(self.dtype), t).float()
 
 def network_for_training(
-    model:nn.Module,     # the network
+    model:nn.Module,     # the network, where it shall be trained
     cfg:TrainConfig,     # for precision, compile and clip
-    device:torch.device, # where it lives
 )->nn.Module:            # computes the same function with the same weights
     "The network as the loss should call it: compiled (which draws other dropout masks), in lower precision, with gradients averaged over processes, as the settings ask."
     if cfg.compile: model = torch.compile(model)
@@ -422,7 +421,7 @@ class TrainState:
         torch.manual_seed(subseed(cfg.seed, 0))                                           # initialization
         self.ddpm = fast_layout(build_ddpm(cfg, data).to(device))
         self.model = self.ddpm.model.train()
-        self.training = replace(self.ddpm, model=network_for_training(self.model, cfg, self.device))   # the same weights
+        self.training = replace(self.ddpm, model=network_for_training(self.model, cfg))   # the same weights
         self.ema = EMA(self.model, cfg.ema_decay, cfg.ema_warmup)
         self.opt = torch.optim.Adam(self.model.parameters(), lr=cfg.lr, betas=(.9, .999), eps=1e-8, fused=True)
 
@@ -568,9 +567,9 @@ class RunFolder:
     ):
         "Write the checkpoint; the first one of a new run also ends what was there before."
         if bad := state.not_finite(): raise self.diverged(state.step, f"{bad} is not finite")
+        if self.writes: state.save(self.checkpoint)
         self.saved_step = state.step
         if not self.writes: return
-        state.save(self.checkpoint)
         if self.log != self.final_log: self.end_earlier_run()
         self.keep_checkpoints(state.step, state.cfg)
 
