@@ -16,9 +16,17 @@ def cells(name, kind):
 def rows():
     text = next(s for s in cells("index.ipynb", "markdown") if "## The map of the paper" in s)
     table = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
-    assert table[0] == ["Paper", "What it says", "Derived in", "Code", "Checked in", "Status"]
+    assert table[0] == ["Paper", "What it says", "Derived in", "Function", "Checked by", "Picture"]
     end = next((i for i, r in enumerate(table) if len(r) != 6), len(table))
     return table[2:end]
+
+
+def status(row):
+    "What the second column adds to what the part of the paper says; nothing means done."
+    return (re.search(r"\*\((.*)\)\*$", row[1]) or ["", "done"])[1]
+
+
+PUBLIC = {name for p in (NBS.parent/"ddpm_nbdev").glob("[a-z]*.py") for name in getattr(importlib.import_module(f"ddpm_nbdev.{p.stem}"), "__all__", ())}
 
 
 def anchors(name):
@@ -34,23 +42,23 @@ WANTED = ([f"Eq. {i}" for i in range(1, 17)] + [f"Alg. {i}" for i in range(1, 5)
 
 def test_every_part_of_the_paper_has_a_row():
     assert list(ROWS) == WANTED
-    assert {r[5] for r in ROWS.values()} <= {"done", "done at small scale", "later", "not at paper scale"}
+    assert {status(r) for r in ROWS.values()} <= {"done", "at small scale", "later", "not at paper scale"}
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
 def test_row(row):
-    paper, _, derived, code, checked, status = row
-    if status == "later": return
-    links = re.findall(r"\]\(([^)]+)\)", derived + checked)
-    assert links, f"{paper} says {status} but links to nothing"
+    paper, _, derived, code, checked, picture = row
+    if status(row) == "later": return
+    links = re.findall(r"\]\(([^)]+)\)", derived + checked + picture)
+    assert links, f"{paper} says {status(row)} but links to nothing"
     for link in links:
         page, _, anchor = link.partition("#")
         assert (NBS/page).is_file(), f"{paper}: no page {page}"
         if anchor: assert anchor in anchors(page), f"{paper}: no heading {anchor} in {page}"
-    for name in re.findall(r"`([\w.]+)`", code):
-        module, _, attr = name.rpartition(".")
-        assert hasattr(importlib.import_module(f"ddpm_nbdev.{module}"), attr), f"{paper}: no {name}"
-    if status == "done at small scale" or status == "done" and paper.startswith(("Eq", "Alg")):
+    for name in re.findall(r"`([\w.]+)`", code): assert name in PUBLIC, f"{paper}: no {name}"
+    page, _, anchor = re.search(r"\]\(([^)]+)\)", picture)[1].partition("#")
+    assert re.search(r"fig-cap|fig-alt", section(page, anchor) if anchor else "\n".join(cells(page, "code"))), f"{paper}: no picture in {page}#{anchor}"
+    if status(row) == "at small scale" or status(row) == "done" and paper.startswith(("Eq", "Alg")):
         assert "`" in code and "](" in derived and "](" in checked, f"{paper} is done but lacks its derivation, code or check"
         page, _, anchor = re.search(r"\]\(([^)]+)\)", checked)[1].partition("#")
         body = section(page, anchor) if anchor else "\n".join(cells(page, "code"))
