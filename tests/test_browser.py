@@ -1,0 +1,355 @@
+"The site as a reader meets it: in a browser. One Chromium for all; each page is opened once, and what most tests ask is noted then."
+import re
+from collections import Counter
+from importlib.resources import files
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from conftest import NO_BROWSER, NOTEBOOKS, equations, page_of
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER or "-")]
+PAGES = [page_of(s) for s in NOTEBOOKS]
+ANIMATED = [page_of(s) for s, p in NOTEBOOKS.items() if r'class=\"animation\"' in p.read_text(encoding="utf-8")]
+
+# Lazy pictures are loaded, solutions and folded code are opened: what a reader can open is looked at, too.
+OPEN = """async () => {
+  await window.MathJax?.startup?.promise;
+  document.querySelectorAll("details").forEach(e => { e.open = true; });
+  await Promise.all([...document.images].map(e => { e.loading = "eager"; return e.decode().catch(() => {}); }));
+}"""
+LOOK = r"""() => {
+  const all = (what, root = document) => [...root.querySelectorAll(what)];
+  const short = e => e.textContent.trim().replace(/\s+/g, " ").slice(0, 80);
+  const text = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode())
+    if (!walker.currentNode.parentElement.closest("pre, code, script, style, mjx-container")) text.push(walker.currentNode.data);
+  const number = e => all("[data-c]", e).map(g => String.fromCodePoint(parseInt(g.dataset.c, 16))).join("");
+  return {
+    untypeset: all("span.math").filter(e => !e.querySelector("mjx-container svg")).map(short),
+    raw: text.join(" ").match(/.{0,30}(?:\$\S|\\[A-Za-z]{2,}|\\[([]).{0,30}/g) || [],
+    wrong: all("mjx-container").filter(e => e.querySelector("mjx-merror, merror, [data-mjx-error], [data-mml-node=merror], [fill=red]")).map(short),
+    tags: all("svg[data-labels] > g > [data-mml-node=mtd], svg[data-labels] [data-mml-node=mtd]").map(number),
+    math: all("span.math").length,
+    cut: all("span.math.display").filter(e => e.scrollWidth > e.clientWidth + 1).map(short),
+    images: all("img").map(e => ({src: e.src.slice(0, 80), width: e.naturalWidth, alt: e.alt})),
+    ids: all("[id]").map(e => e.id),
+    links: all("a[href]").map(e => e.href),
+  };
+}"""
+FRAME = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+# What is wider than the window, unless a box around it scrolls; formulas are boxes of their own.
+WIDE = r"""() => {
+  const root = document.documentElement, scrolls = e => e && e !== document.body && e !== root
+    && (/auto|scroll|hidden/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+  const wide = [...document.querySelectorAll("main, main *:not(mjx-container *)")].filter(e => e.getBoundingClientRect().right > root.clientWidth + 1
+    && !scrolls(e.parentElement)).map(e => e.outerHTML.slice(0, 100));
+  return [root.scrollWidth, wide.slice(0, 5)];
+}"""
+# What axe-core would do to thousands of colored words in code and of strokes in formulas takes minutes, and is the same for all of
+# a kind: one word of each color stays in code, strokes go, and contrast is measured once for each set of colors, size and weight.
+THIN = """() => {
+  const seen = new Set();
+  for (const e of document.querySelectorAll("pre code span")) {
+    const box = e.closest("pre").parentElement, key = e.className + getComputedStyle(box).backgroundColor + box.parentElement.className;
+    if (!e.className || seen.has(key)) e.replaceWith(...e.childNodes); else seen.add(key);
+  }
+  document.querySelectorAll("mjx-container svg").forEach(e => e.replaceChildren());
+}"""
+AXE = """async () => (await axe.run(document, {resultTypes: ["violations"], preload: false, rules: {"color-contrast": {enabled: false}}})).violations"""
+CONTRAST = """async () => {
+  const kinds = new Map();
+  const ground = e => { for (; e; e = e.parentElement) { const s = getComputedStyle(e);
+    if (s.backgroundImage !== "none" || !/, 0[)]$|transparent/.test(s.backgroundColor)) return s.backgroundColor + s.backgroundImage; } };
+  const faint = e => e ? getComputedStyle(e).opacity * faint(e.parentElement) : 1;
+  for (const e of document.body.querySelectorAll("*")) {
+    if (![...e.childNodes].some(n => n.nodeType === 3 && n.data.trim()) || !e.checkVisibility({visibilityProperty: true})) continue;
+    const s = getComputedStyle(e), key = [s.color, s.fontSize, s.fontWeight, s.textShadow, ground(e), faint(e)].join();
+    if (!kinds.has(key)) kinds.set(key, e);
+  }
+  return (await axe.run({include: [...kinds.values()]}, {resultTypes: ["violations"], preload: false, runOnly: ["color-contrast"]})).violations;
+}"""
+SERIOUS = """vs => vs.filter(v => ["serious", "critical"].includes(v.impact))
+  .flatMap(v => v.nodes.map(n => `${v.id}: ${n.html.slice(0, 120)} ${n.failureSummary.split("\\n")[1] || ""}`))"""
+
+
+def look(context, name, html=None):
+    "Open a page once, at 1300 pixels and then at 390, light and then dark, and note what the tests ask; `html` stands in for the page's file."
+    page, seen = context.new_page(), {"said": [], "asked": []}
+    try:
+        page.on("console", lambda m: seen["said"].append(f"{m.type}: {m.text}") if m.type in ("error", "warning") else None)
+        page.on("pageerror", lambda e: seen["said"].append(f"exception: {e}"))
+        page.on("request", lambda r: seen["asked"].append(r.url))
+        if html: page.route(f"**/{name}", lambda route: route.fulfill(body=html, content_type="text/html"))
+        page.goto(f"/{name}")
+        page.evaluate(OPEN)
+        seen |= page.evaluate(LOOK)
+        seen["at 1300"] = page.evaluate(WIDE)
+        page.set_viewport_size({"width": 390, "height": 844})
+        page.evaluate(FRAME)
+        seen["at 390"] = page.evaluate(WIDE)
+        page.set_viewport_size({"width": 1300, "height": 900})
+        page.evaluate(FRAME)
+        page.evaluate(THIN)
+        page.evaluate((files("axe_playwright_python")/"axe.min.js").read_text(encoding="utf-8"))
+        seen["light"] = page.evaluate(SERIOUS, page.evaluate(AXE) + page.evaluate(CONTRAST))
+        page.emulate_media(color_scheme="dark", reduced_motion="reduce")
+        if not html: page.wait_for_function("document.documentElement.classList.contains('quarto-dark')")
+        seen["dark"] = page.evaluate(SERIOUS, page.evaluate(CONTRAST))
+        return seen
+    finally: page.close()
+
+
+@pytest.fixture(scope="module")
+def looking(browser, base):
+    context = browser.new_context(base_url=base, viewport={"width": 1300, "height": 900}, reduced_motion="reduce", color_scheme="light")
+    yield context
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def visit(looking):
+    "What was noted on a page; each is opened once."
+    notes = {}
+    def get(name):
+        if name not in notes: notes[name] = look(looking, name)
+        return notes[name]
+    return get
+
+
+def elsewhere(seen, base): return [u for u in seen["asked"] if urlsplit(u).scheme not in ("data", "blob") and not u.startswith(f"{base}/")]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_loads_in_silence(visit, base, name):
+    "No error, no warning, no request to another host."
+    seen = visit(name)
+    assert not seen["said"] and not elsewhere(seen, base) and f"{base}/styles.css" in seen["asked"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_math_is_typeset(visit, pages, name):
+    seen = visit(name)
+    assert not seen["untypeset"] and not seen["raw"] and not seen["wrong"]
+    assert bool(seen["math"]) == bool(pages[name].math)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_formulas_fit_their_column(visit, name):
+    "One that does not scrolls, and its number is out of sight."
+    assert not visit(name)["cut"]
+
+
+@pytest.mark.parametrize("number", equations())
+def test_each_equation_is_numbered_once(visit, number):
+    homes = [name for name in PAGES for tag in visit(name)["tags"] if tag == f"({number})"]
+    assert len(homes) == 1, homes
+
+
+def test_no_other_numbers(visit):
+    assert Counter(t for name in PAGES for t in visit(name)["tags"]).keys() == {f"({n})" for n in equations()}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_and_anchors(visit, base, name):
+    "Also those that scripts add to a page."
+    lost = []
+    for path, _, anchor in {href.removeprefix(f"{base}/").partition("#") for href in visit(name)["links"] if href.startswith(base)}:
+        if path not in PAGES or anchor and unquote(anchor) not in visit(path)["ids"]: lost.append(f"{path}#{anchor}")
+    assert not lost and len(visit(name)["links"]) > len(PAGES)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_pictures(visit, name): assert not [i for i in visit(name)["images"] if not i["width"] or len(i["alt"].strip()) < 10]
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("width", [390, 1300])
+def test_nothing_is_wider_than_the_window(visit, name, width):
+    found, culprits = visit(name)[f"at {width}"]
+    assert found <= width and not culprits
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_accessible(visit, name, theme):
+    "What axe-core calls serious or critical; in the dark, the contrast of colors."
+    assert not visit(name)[theme]
+
+
+TOY = r"""<!doctype html><html lang="en"><head><title>Toy</title><script>window.MathJax = {options: {enableMenu: false}};</script>
+<script src="site_libs/mathjax/tex-svg-full.js" defer></script></head><body><main><h1>Toy</h1>
+<p><span class="math inline">\(x\)</span> <span class="math display">\[y \tag{99}\]</span> <span class="math inline">\(\frac{z}\)</span>
+<span class="math inline">\(\nosuchmacro\)</span> <span class="math inline">never typeset</span> and raw $\beta_t$ </p>
+<p style="width: 500px">as wide as a desk</p> <p style="overflow: auto"><span style="display: block; width: 500px">in a box</span></p>
+<p style="color: #999; background: #fff">pale</p> <p style="color: #003b4f; background: #212121">dark on dark</p>
+<pre><code><span class="kw">for</span> <span class="kw">if</span> <span class="no" style="color: #ddd">pale code</span></code></pre>
+<span class="math display" style="display: block; overflow: auto; width: 50px">\[abcdefghijklmnopqrstuvwxyz\]</span>
+<img src="none.png" alt="a picture that is not there"> <img src="http://nowhere.invalid/far.png"> <input type="range">
+<script>console.warn("careful"); noSuchFunction()</script></main></body></html>"""
+
+
+@pytest.fixture(scope="module")
+def toy(looking): return look(looking, "faults.html", TOY)
+
+
+def test_faults_are_seen(toy, base):
+    "A page with one fault of each kind: what the tests above ask of a page can be answered with no."
+    said = "\n".join(toy["said"])
+    assert "warning: careful" in said and "noSuchFunction is not defined" in said and "404" in said
+    assert elsewhere(toy, base) == ["http://nowhere.invalid/far.png"]
+    assert toy["untypeset"] == ["never typeset"] and len(toy["raw"]) == 1 and r"$\beta_t$" in toy["raw"][0]
+    assert len(toy["wrong"]) == 2 and toy["tags"] == ["(99)"] and len(toy["cut"]) == 1 and toy["math"] == 6
+    assert [i["width"] for i in toy["images"]] == [0, 0] and toy["images"][1]["alt"] == ""
+    assert toy["at 1300"] == [1300, []] and toy["at 390"][0] > 390 and len(toy["at 390"][1]) == 1 and "a desk" in toy["at 390"][1][0]
+    for theme in ("light", "dark"):
+        for bad in (">pale<", "dark on dark", ">pale code<"): assert any("color-contrast" in v and bad in v for v in toy[theme]), bad
+    assert Counter(v.partition(":")[0] for v in toy["light"])["image-alt"] == 1 and any(v.startswith("label:") for v in toy["light"])
+
+
+def shown(tab, what):
+    "Whether the whole of it is in the window, below the bar at the top."
+    return tab.wait_for_function("""e => {
+      const r = e.getBoundingClientRect(), bar = document.querySelector("#quarto-header").getBoundingClientRect().bottom;
+      return r.height > 0 && r.top >= bar - 1 && r.bottom <= innerHeight; }""", arg=tab.locator(what).element_handle())
+
+
+def settled(tab): tab.evaluate("window.MathJax?.startup?.promise")
+
+
+def test_sidebar_and_neighbors_lead_on(tab):
+    tab.goto("/index.html")
+    tab.click("#quarto-sidebar >> text=3 The ideal step back")
+    tab.wait_for_url("**/posterior.html")
+    assert tab.locator("#quarto-sidebar [aria-current=page]").inner_text() == "3 The ideal step back"
+    tab.click(".nav-page-next a")
+    tab.wait_for_url("**/toy.html")
+    tab.click(".nav-page-previous a")
+    tab.wait_for_url("**/posterior.html")
+
+
+def test_sections_of_the_sidebar_fold_by_key(tab):
+    tab.goto("/index.html")
+    section, entry = tab.locator("#quarto-sidebar >> text=The argument"), tab.locator("#quarto-sidebar >> text=1 How much noise")
+    section.locator("xpath=..").focus()
+    assert entry.is_visible()
+    tab.keyboard.press("Enter")
+    entry.wait_for(state="hidden")
+    tab.keyboard.press("Enter")
+    entry.wait_for(state="visible")
+
+
+def test_sidebar_on_a_phone(tab):
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.goto("/index.html")
+    entry = tab.locator("#quarto-sidebar >> text=3 The ideal step back")
+    assert not entry.is_visible()
+    tab.click(".quarto-btn-toggle")
+    entry.click()
+    tab.wait_for_url("**/posterior.html")
+    assert not entry.is_visible()
+
+
+def test_mentions_of_equations_lead_to_them(tab, pages):
+    "From another page and on the page itself; typesetting, which moves everything, does not lose the place."
+    home = next(name for name, page in pages.items() if "eq-7" in page.ids)
+    tab.goto("/index.html")
+    tab.click(f"main a[href='{home}#eq-7'] >> nth=0")
+    tab.wait_for_url(f"**/{home}#eq-7")
+    settled(tab)
+    shown(tab, "#eq-7")
+    tab.evaluate("scrollTo(0, document.body.scrollHeight)")
+    mention = tab.locator("main a[href='#eq-7']").last
+    mention.click()
+    shown(tab, "#eq-7")
+
+
+def test_deep_links_are_in_sight_after_typesetting(tab):
+    tab.goto("/posterior.html#exercises")
+    settled(tab)
+    shown(tab, "#exercises > h2")
+
+
+def test_wide_code_scrolls_by_key(tab):
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.goto("/posterior.html")
+    settled(tab)
+    box = tab.locator("main pre[tabindex='0']").first
+    box.focus()
+    tab.keyboard.press("ArrowRight")
+    tab.wait_for_function("e => e.scrollLeft > 0", arg=box.element_handle())
+
+
+@pytest.mark.parametrize("by", ["key", "click"])
+def test_search_finds_and_opens(tab, by):
+    tab.goto("/index.html")
+    tab.keyboard.press("/")
+    tab.keyboard.type("posterior")
+    first = tab.locator(".search-result").first
+    first.wait_for()
+    title, href = first.locator(".search-result-title").inner_text(), first.get_attribute("href")
+    assert "posterior" in title.lower() and href.startswith("./posterior.html")
+    first.click() if by == "click" else tab.keyboard.press("Enter")
+    tab.wait_for_url(f"**/{href.removeprefix('./')}")
+    assert "posterior" in tab.locator("main h1").inner_text().lower()
+
+
+def test_search_says_when_there_is_nothing(tab):
+    tab.goto("/index.html")
+    tab.fill("[type=search]", "zqxjzqxjzqxj")
+    tab.wait_for_selector("text=No results")
+
+
+@pytest.mark.parametrize("prefers", ["light", "dark"])
+def test_theme(tab, prefers):
+    "It follows the reader's system until the button is pressed; the choice holds on the next page and over a reload."
+    colors = "JSON.stringify(['backgroundColor', 'color'].map(k => getComputedStyle(document.body)[k]))"
+    tab.emulate_media(color_scheme=prefers)
+    tab.goto("/index.html")
+    def dark(is_so): tab.wait_for_function(f"document.documentElement.classList.contains('quarto-dark') === {str(is_so).lower()}")
+    dark(prefers == "dark")
+    before = tab.evaluate(colors)
+    tab.click(".quarto-color-scheme-toggle")
+    dark(prefers != "dark")
+    after = tab.evaluate(colors)
+    assert before != after
+    for go in (tab.reload, lambda: tab.goto("/weighting.html")):
+        go()
+        dark(prefers != "dark")
+        assert tab.evaluate(colors) == after
+    tab.click(".quarto-color-scheme-toggle")
+    dark(prefers == "dark")
+    assert tab.evaluate(colors) == before
+
+
+@pytest.mark.parametrize("name", ANIMATED)
+def test_animations_play(tab, name):
+    "Each on its page: still until it is started, then picture and slider move, and they stop."
+    tab.goto(f"/{name}")
+    state = "e => JSON.stringify([e.querySelector('img').src.length, e.querySelector('img').src.slice(-200), e.querySelector('[type=range]').value])"
+    players = tab.locator(".animation").all()
+    assert players
+    for player in players:
+        handle = player.element_handle()
+        tab.wait_for_function("e => e.querySelector('img').naturalWidth > 0", arg=handle)
+        first = tab.evaluate(state, handle)
+        tab.wait_for_timeout(200)
+        assert tab.evaluate(state, handle) == first, "moves by itself"
+        player.locator("button[title=Play]").click()
+        tab.wait_for_function(f"([e, old]) => {{ const s = ({state})(e).replace(/.*?,/, ''); return s.split(',')[0] != old.split(',')[1]; }}", arg=[handle, first])
+        assert int(player.locator("[type=range]").input_value()) > 0
+        player.locator("button[title=Pause]").click()
+        first = tab.evaluate(state, handle)
+        tab.wait_for_timeout(400)
+        assert tab.evaluate(state, handle) == first, "does not stop"
+
+
+def test_code_is_copied(tab):
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    tab.goto("/posterior.html")
+    box = tab.locator(".code-copy-outer-scaffold", has_text="def q_posterior_mean_variance").last
+    box.hover()
+    box.locator(".code-copy-button").click()
+    tab.wait_for_selector(".code-copy-button-checked")
+    copied = tab.evaluate("navigator.clipboard.readText()")
+    assert "def q_posterior_mean_variance(" in copied and copied.strip() == box.locator("pre code").inner_text().strip()
+    compile(copied, "copied", "exec")
