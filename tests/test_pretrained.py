@@ -561,7 +561,7 @@ def test_a_local_folder_comes_first(folder, monkeypatch):
 
 def test_without_huggingface_hub(monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    refused("google/ddpm-cifar10-32", "pip install 'ddpm_nbdev[hub]'")
+    refused("google/ddpm-cifar10-32", "pip install huggingface_hub")
 
 
 @pytest.mark.parametrize("error", [OSError("Got: ConnectError: Connection refused\nmore\nlines"), ValueError("no such repository"), OSError()])
