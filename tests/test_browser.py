@@ -218,9 +218,9 @@ def settled(tab): tab.evaluate("window.MathJax?.startup?.promise")
 
 def test_sidebar_and_neighbors_lead_on(tab):
     tab.goto("/index.html")
-    tab.click("#quarto-sidebar >> text=3 The ideal step back")
+    tab.click("#quarto-sidebar >> text=3 The posterior: the ideal step back")
     tab.wait_for_url("**/posterior.html")
-    assert tab.locator("#quarto-sidebar [aria-current=page]").inner_text() == "3 The ideal step back"
+    assert tab.locator("#quarto-sidebar [aria-current=page]").inner_text() == "3 The posterior: the ideal step back"
     tab.click(".nav-page-next a")
     tab.wait_for_url("**/toy.html")
     tab.click(".nav-page-previous a")
@@ -229,7 +229,7 @@ def test_sidebar_and_neighbors_lead_on(tab):
 
 def test_sections_of_the_sidebar_fold_by_key(tab):
     tab.goto("/index.html")
-    section, entry = tab.locator("#quarto-sidebar >> text=The argument"), tab.locator("#quarto-sidebar >> text=1 How much noise")
+    section, entry = tab.locator("#quarto-sidebar >> text=The argument"), tab.locator("#quarto-sidebar >> text=1 The noise schedule")
     section.locator("xpath=..").focus()
     assert entry.is_visible()
     tab.keyboard.press("Enter")
@@ -241,7 +241,7 @@ def test_sections_of_the_sidebar_fold_by_key(tab):
 def test_sidebar_on_a_phone(tab):
     tab.set_viewport_size({"width": 390, "height": 844})
     tab.goto("/index.html")
-    entry = tab.locator("#quarto-sidebar >> text=3 The ideal step back")
+    entry = tab.locator("#quarto-sidebar >> text=3 The posterior: the ideal step back")
     assert not entry.is_visible()
     tab.click(".quarto-btn-toggle")
     entry.click()
@@ -341,6 +341,49 @@ def test_animations_play(tab, name):
         first = tab.evaluate(state, handle)
         tab.wait_for_timeout(400)
         assert tab.evaluate(state, handle) == first, "does not stop"
+
+
+NUMBERS = "e => Object.fromEntries([...e.querySelectorAll('[data-out]')].map(d => [d.dataset.out, [+d.dataset.value, d.textContent]]))"
+SET = """(e, [name, value]) => { const i = e.querySelector(`[data-in=${name}]`); i.value = value; i.dispatchEvent(new Event('input', {bubbles: true})); }"""
+
+
+@pytest.mark.parametrize("x0, t, eps", [(.7, 150, -.8), (-1, 1, 2.5), (.33, 2, 0), (0, 1000, -3), (1, 500, 1.07)])
+def test_the_pixel_to_play_with(tab, x0, t, eps):
+    "What the browser computes on the forward page is what the package computes."
+    import torch
+    from ddpm_nbdev.forward import q_mean_variance, q_sample
+    from ddpm_nbdev.posterior import q_posterior_mean_variance
+    from ddpm_nbdev.schedule import linear_schedule
+    tab.goto("/forward.html")
+    box = tab.locator(".q-explorer").element_handle()
+    for name, value in (("x0", x0), ("t", t), ("eps", eps)): box.evaluate(SET, [name, value])
+    sched, step = linear_schedule(), torch.tensor([t])
+    image, noise = (torch.full((1, 1), float(v), dtype=torch.float64) for v in (x0, eps))
+    xt = q_sample(sched, image, step, noise)
+    mean, variance = q_mean_variance(sched, image, step)
+    posterior_mean, posterior_variance = q_posterior_mean_variance(sched, image, xt, step)
+    expected = dict(beta=sched.beta[t], alpha_bar=sched.alpha_bar[t], xt=xt, mean=mean, variance=variance,
+                    posterior_mean=posterior_mean, posterior_variance=posterior_variance)
+    found = box.evaluate(NUMBERS)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        exact, text = found[name]
+        assert exact == pytest.approx(value.item(), rel=1e-9, abs=1e-12), name
+        assert float(text.replace("\N{MINUS SIGN}", "-")) == pytest.approx(exact, rel=1e-3, abs=5.1e-6), name
+
+
+def test_the_pixel_moves(tab):
+    "By key as well as by hand: numbers, curves and the dot change; at t = 1 the posterior has no width."
+    tab.goto("/forward.html")
+    box = tab.locator(".q-explorer").element_handle()
+    def state(): return box.evaluate("e => [...e.querySelectorAll('path[class], circle')].map(p => (p.getAttribute('d') || '') + p.getAttribute('cx'))")
+    numbers, drawn = box.evaluate(NUMBERS), state()
+    tab.locator(".q-explorer [data-in=t]").focus()
+    tab.keyboard.press("ArrowRight")
+    moved = box.evaluate(NUMBERS)
+    assert all(moved[name] != numbers[name] for name in numbers) and all(a != b for a, b in zip(drawn[:2], state()))
+    tab.keyboard.press("Home")
+    assert box.evaluate(NUMBERS)["posterior_variance"][0] == 0 and "NaN" not in "".join(state())
 
 
 def test_code_is_copied(tab):
