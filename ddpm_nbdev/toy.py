@@ -75,7 +75,7 @@ def exact_denoiser(
     mixture:GaussianMixture,          # the data
     sched:NoiseSchedule,              # the forward process
 )->Callable[[Tensor,Tensor],Tensor]:  # model(xt, t) -> eps
-    "The exact eps*(x_t, t) as a model."
+    "The exact `eps*(x_t, t)` as a model."
     return lambda xt, t: exact_eps(mixture, sched, xt, t)
 
 # %% ../nbs/04_toy.ipynb #4f1a0cb6
