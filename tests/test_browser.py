@@ -324,23 +324,26 @@ def test_theme(tab, prefers):
 @pytest.mark.parametrize("name", ANIMATED)
 def test_animations_play(tab, name):
     "Each on its page: still until it is started, then picture and slider move, and they stop."
+    tab.emulate_media(reduced_motion="no-preference")
     tab.goto(f"/{name}")
-    state = "e => JSON.stringify([e.querySelector('img').src.length, e.querySelector('img').src.slice(-200), e.querySelector('[type=range]').value])"
+    settled(tab)
     players = tab.locator(".animation").all()
     assert players
     for player in players:
+        player.scroll_into_view_if_needed()
         handle = player.element_handle()
         tab.wait_for_function("e => e.querySelector('img').naturalWidth > 0", arg=handle)
-        first = tab.evaluate(state, handle)
-        tab.wait_for_timeout(200)
-        assert tab.evaluate(state, handle) == first, "moves by itself"
+        def state(): return tab.evaluate("e => [e.querySelector('img').src, e.querySelector('[type=range]').value]", handle)
+        still = state()
+        tab.wait_for_timeout(300)
+        assert state() == still, "moves by itself"
         player.locator("button[title=Play]").click()
-        tab.wait_for_function(f"([e, old]) => {{ const s = ({state})(e).replace(/.*?,/, ''); return s.split(',')[0] != old.split(',')[1]; }}", arg=[handle, first])
-        assert int(player.locator("[type=range]").input_value()) > 0
+        tab.wait_for_function("""([e, src, value]) => e.querySelector('img').src !== src && e.querySelector('[type=range]').value !== value""",
+                              arg=[handle, *still])
         player.locator("button[title=Pause]").click()
-        first = tab.evaluate(state, handle)
-        tab.wait_for_timeout(400)
-        assert tab.evaluate(state, handle) == first, "does not stop"
+        still = state()
+        tab.wait_for_timeout(500)
+        assert state() == still, "does not stop"
 
 
 NUMBERS = "e => Object.fromEntries([...e.querySelectorAll('[data-out]')].map(d => [d.dataset.out, [+d.dataset.value, d.textContent]]))"
