@@ -156,6 +156,23 @@ def test_only_images_and_nothing_hidden(tmp_path):
     assert sorted(p.relative_to(tmp_path).as_posix() for p in train+test) == ["a.png", "b.JPeG", "sub/deep/c.jpg"]
 
 
+def test_other_formats_are_named(tmp_path, capsys, monkeypatch):
+    for i in range(4): save(tmp_path, f"{i}.png", pixels(8, 8))
+    load_folder(tmp_path)
+    assert capsys.readouterr().err == ""
+    for name in ("a.HEIC", "b.heic", "sub/c.webp", ".hidden/d.gif", "notes.txt"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_bytes(b"")
+    d = load_folder(tmp_path)
+    assert len(d.train) + len(d.test) == 4
+    assert capsys.readouterr().err == f"note: not read in {tmp_path}: 2 .heic, 1 .webp (only .png, .jpg and .jpeg files are: convert them first)\n"
+    monkeypatch.setenv("RANK", "1")                                # of several processes one speaks
+    load_folder(tmp_path)
+    assert capsys.readouterr().err == ""
+    for i in range(4): (tmp_path/f"{i}.png").unlink()
+    with pytest.raises(ValueError, match="no PNG or JPEG files in .*; not read: 2 .heic, 1 .webp$"): load_folder(tmp_path)
+
+
 def test_train_and_test_folders_are_respected(tmp_path):
     for i in range(5): save(tmp_path, f"train/x/{i}.png", np.full((8, 8), i, np.uint8))
     for i in range(2): save(tmp_path, f"test/{i}.png", np.full((8, 8), 100+i, np.uint8))
@@ -706,7 +723,7 @@ def test_lsun_arguments(name, kw, said):
 def test_lsun_without_lmdb(tmp_path, monkeypatch):
     lsun(tmp_path/"cat", pixels(2, 8, 8, 3))
     monkeypatch.setitem(sys.modules, "lmdb", None)
-    one_line(lambda: load_dataset(f"lsun:{tmp_path}/cat"), "pip install 'ddpm_nbdev[lsun]'")
+    one_line(lambda: load_dataset(f"lsun:{tmp_path}/cat"), "pip install lmdb")
 
 
 # ---- memory
