@@ -74,12 +74,12 @@ class TrainConfig:
     model:str='UNet'                     # the network's class
     model_args:dict=field(default_factory=dict)  # its arguments; what is missing follows from the images
     dropout:float=0.                     # drop probability in the network
-    steps:int=800_000                    # optimizer steps
+    steps:int=800_000                    # updates of the weights
     batch_size:int=128                   # images per step
     lr:float=2e-4                        # learning rate after the warm-up
     warmup:int=5000                      # steps in which the learning rate rises from 0
     grad_clip:float=1.                   # longest gradient allowed (global norm)
-    clip:str='batch'                     # what is clipped: the gradient of the 'batch', or of each 'shard' (official code)
+    clip:str='batch'                     # what is clipped: the gradient of the 'batch', or of each part of it, 'shard' (official code)
     shards:int=1                         # equal parts that a batch is computed in, in turn or by several processes
     precision:str='float32'              # inside the network: 'float32' or 'bfloat16'
     compile:bool=False                   # let torch.compile make faster code for the network (for GPUs)
@@ -297,7 +297,7 @@ def one_says(
 def my_share(
     n:int,  # how many things there are to do
 )->range:   # which of them this process does
-    "A run of consecutive numbers for each process, as equal as can be."
+    "Which of the samples, or of the images to measure, this process takes: consecutive ones, as equal as can be."
     rank, size = world()
     return range(-(-n*rank//size), -(-n*(rank+1)//size))      # rounded up: process 0 is the last to have nothing
 
