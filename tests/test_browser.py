@@ -48,11 +48,12 @@ WIDE = r"""() => {
 # What axe-core would do to thousands of colored words in code and of strokes in formulas takes minutes, and is the same for all of
 # a kind: one word of each color stays in code, strokes go, and contrast is measured once for each set of colors, size and weight.
 THIN = """() => {
-  const seen = new Set();
+  const seen = new Set(), drop = [];
   for (const e of document.querySelectorAll("pre code span")) {
     const box = e.closest("pre").parentElement, key = e.className + getComputedStyle(box).backgroundColor + box.parentElement.className;
-    if (!e.className || seen.has(key)) e.replaceWith(...e.childNodes); else seen.add(key);
+    if (!e.className || seen.has(key)) drop.push(e); else seen.add(key);
   }
+  drop.forEach(e => e.replaceWith(...e.childNodes));
   document.querySelectorAll("mjx-container svg").forEach(e => e.replaceChildren());
 }"""
 AXE = """async () => (await axe.run(document, {resultTypes: ["violations"], preload: false, rules: {"color-contrast": {enabled: false}}})).violations"""
