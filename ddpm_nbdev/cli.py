@@ -171,8 +171,8 @@ def print_now(*args):
 def ddpm_train(
     dataset:str,           # 'digits', 'fashion_mnist', 'cifar10', 'lsun:PATH', or folder:PATH for your own PNG and JPEG files
     preset:str=None,       # settings by name: digits, fashion_mnist, cifar10, celebahq256, lsun256, lsun256_large, folder (default: what goes with the dataset)
-    T:int=None,            # diffusion steps (the paper: 1000)
-    steps:int=None,        # optimizer steps
+    T:int=None,            # steps of the diffusion (the paper: 1000)
+    steps:int=None,        # updates of the weights
     batch_size:int=None,   # images per step, over all processes
     lr:float=None,         # learning rate
     seed:int=None,         # of everything random (default 0)
@@ -189,7 +189,7 @@ def ddpm_train(
     keep_every:int=None,   # also keep those whose step is a multiple of this
     sample_every:int=None, # steps between pictures of samples; 0 for none
     samples:int=None,      # images to draw at the end (default: 64, on a slow device fewer)
-    data_dir:str=None,     # where the dataset's files are; then no network is touched (default: DDPM_DATA, else download)
+    data_dir:str=None,     # where the dataset's files are; then nothing is downloaded (default: DDPM_DATA, else download)
     out:str=None,          # folder of the run (default: runs/ and the dataset's name)
     device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)
     resume:bool=False,     # go on with the run in that folder
@@ -360,13 +360,13 @@ def table_row(
 def ddpm_evaluate(
     what:str,              # the folder of a run, a diffusers folder or hub name, or a model that ships with the package: digits, fashion_mnist
     dataset:str=None,      # images to evaluate on (default: what it was trained on)
-    steps:int=20,          # random steps per image
-    exact:bool=False,      # every step for every image instead
+    steps:int=20,          # how many of the T values of t to draw at random for each image
+    exact:bool=False,      # every t for every image instead
     images:int=None,       # how many training and test images, the first ones (default: all of them)
-    curve_images:int=16,   # test images evaluated at every step, for rate and distortion
+    curve_images:int=16,   # test images evaluated at every t, for rate and distortion
     seed:int=0,            # of the noise
     precision:str='float32', # or bfloat16 inside the network (for hardware made for it)
-    data_dir:str=None,     # where the dataset's files are; then no network is touched (default: DDPM_DATA, else download)
+    data_dir:str=None,     # where the dataset's files are; then nothing is downloaded (default: DDPM_DATA, else download)
     out:str=None,          # the JSON file (default: metrics.json of the run, or a free name in the current folder)
     device:str=None,       # cpu, cuda, cuda:1, ... (default: a GPU if there is one)
     quiet:bool=False,      # print nothing but errors
