@@ -94,9 +94,15 @@ def show_chain(
 # %% ../nbs/00_plot.ipynb #fbb76628
 class FrameKeeper(AbstractMovieWriter):
     "Takes the frames that a Matplotlib animation is told to save, and keeps them in memory."
-    def setup(self, fig, outfile, dpi=None): self.fig, self.frames = fig, []
-    def finish(self): pass
+    def setup(self, fig, outfile, dpi=None):
+        "Matplotlib calls this before the first frame."
+        self.fig, self.frames = fig, []
+
+    def finish(self):
+        "Nothing is written, so there is nothing to close."
+
     def grab_frame(self, **kwargs):
+        "Keep the figure as it is now."
         self.fig.savefig(png := io.BytesIO(), format='png', dpi=self.fig.dpi, **kwargs)
         self.frames.append(Image.open(png).convert('RGB'))
         self.fig.set_layout_engine('none')   # stays as the first frame laid it out: nothing jumps, and it is faster
