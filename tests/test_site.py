@@ -1,6 +1,8 @@
 "The site as files: it builds without a warning, nothing leads nowhere, nothing comes from elsewhere. Nothing here needs a browser."
 import json
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
@@ -171,3 +173,36 @@ def test_a_folder_that_is_no_site_is_kept(toy, tmp_path):
     (tmp_path/"precious.txt").touch()
     res = build(toy[2], tmp_path)
     assert res.returncode == 1 and "not a site" in res.stderr and [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+QUARTO = """<!doctype html><html><head><title>q</title>
+<script src="https://cdnjs.cloudflare.com/polyfill/v3/polyfill.min.js?features=es6"></script>
+<script src="https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-chtml-full.js" type="text/javascript"></script>
+<script src="https://cdnjs.cloudflare.com/ajax/libs/require.js/2.3.6/require.min.js" crossorigin="anonymous"></script>
+<script src="https://cdnjs.cloudflare.com/ajax/libs/jquery/3.5.1/jquery.min.js" data-relocate-top="true"></script>
+<script type="application/javascript">define('jquery', [],function() {return window.jQuery;})</script>
+<script src="site_libs/own.js"></script></head><body><p>kept</p></body></html>"""
+
+
+def own(folder): return subprocess.run([sys.executable, ROOT/"tools"/"build_site", "--own", folder], text=True, capture_output=True)
+
+
+def test_a_site_of_quarto_loads_nothing_from_elsewhere(tmp_path):
+    "Pages as Quarto writes them, as far as is known without it; what is not known is named."
+    libs = tmp_path/"site_libs"
+    (tmp_path/"deep").mkdir()
+    libs.mkdir()
+    (libs/"own.js").touch()
+    (libs/"theme.css").write_text('@import"https://fonts.googleapis.com/css2?family=A:wght@400;700&display=swap";@import url(own.css);p{margin:0}')
+    for name in ("index.html", "deep/page.html"): (tmp_path/name).write_text(QUARTO.replace("site_libs", "../site_libs" if "/" in name else "site_libs"))
+    res = own(tmp_path)
+    assert res.returncode == 0 and not res.stderr, res.stderr
+    assert (libs/"theme.css").read_text() == "@import url(own.css);p{margin:0}"
+    for name, at in (("index.html", "./"), ("deep/page.html", "../")):
+        text = (tmp_path/name).read_text()
+        assert re.findall(r"https?://|define\(", text) == [] and "<p>kept</p>" in text
+        assert [a["src"] for a in Page(tmp_path/name).all("script")] == [f"{at}site_libs/mathjax/tex-svg-full.js", f"{at.removeprefix('./')}site_libs/own.js"]
+    (tmp_path/"index.html").write_text(QUARTO.replace("site_libs/own.js", "https://example.org/new.js"))
+    res = own(tmp_path)
+    assert res.returncode == 1 and "index.html: loads https://example.org/new.js from elsewhere" in res.stderr
+    assert "is not a site" in own(tmp_path/"deep").stderr
