@@ -28,7 +28,7 @@ from .ddpm import DDPM, WeightsError, write_json, write_whole
 from .likelihood import Likelihood, evaluate_bits_per_dim, rate_distortion
 from .pretrained import is_diffusers, load_diffusers
 from .train import (PRECISIONS, ConfigError, Interrupted, LowPrecision, TrainConfig, can_show_progress, check_folder, draw_samples,
-                              fast_layout, load_checkpoint, preset, join_processes, one_says, read_checkpoint, report, save_curve, save_samples, sum_over_processes, train, world)
+                              fast_layout, load_checkpoint, preset, join_processes, one_says, read_checkpoint, report, resume_command, save_curve, save_samples, sum_over_processes, train, world)
 
 # %% ../nbs/20_cli.ipynb #a76763ac
 class Parser(argparse.ArgumentParser):
@@ -172,7 +172,7 @@ def ddpm_train(
     dataset:str,           # 'digits', 'fashion_mnist', 'cifar10', 'lsun:PATH', or folder:PATH for your own PNG and JPEG files
     preset:str=None,       # settings by name: digits, fashion_mnist, cifar10, celebahq256, lsun256, lsun256_large, folder (default: what goes with the dataset)
     T:int=None,            # steps of the diffusion (the paper: 1000)
-    steps:int=None,        # updates of the weights
+    steps:int=None,        # updates of the weights (default: the preset's, like all settings that name no other)
     batch_size:int=None,   # images per step, over all processes
     lr:float=None,         # learning rate
     seed:int=None,         # of everything random (default 0)
@@ -194,11 +194,12 @@ def ddpm_train(
     device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)
     resume:bool=False,     # go on with the run in that folder
     overwrite:bool=False,  # replace the run in that folder; it is kept until the new one has its first checkpoint
-    quiet:bool=False,      # print nothing but errors
+    quiet:bool=False,      # print nothing but errors and what was not read
 )->dict:                   # what is written to metrics.json
     "Train a diffusion model; write samples, weights and numbers to a folder. Under torchrun, on many devices."
     if flip and no_flip: raise ConfigError("--flip and --no-flip exclude each other")
     if samples is not None and samples < 0: raise ConfigError(f"samples must be at least 0, got {samples}")
+    if size is not None and size < 1: raise ConfigError(f"size must be at least 1, got {size}")
     kind, _, path = dataset.partition(':')
     out = Path(out or f"runs/{Path(path).expanduser().resolve().name if path else kind}")
     changes = dict(T=T, steps=steps, batch_size=batch_size, lr=lr, seed=seed, size=size, flip=True if flip else False if no_flip else None, precision=precision,
@@ -213,6 +214,8 @@ def ddpm_train(
     resume, overwrite = restarted(out, resume, overwrite)
     check_folder(out, resume, overwrite)
     cfg = replace(settings_of_run(out, dataset), **changes) if resume else settings_for(dataset, preset, changes)
+    old = json.loads((out/'metrics.json').read_text()) if resume and (out/'metrics.json').exists() else {}
+    evaluated = 'evaluation' in old and read_checkpoint(out/'checkpoint.safetensors')[1]['step'] == cfg.steps
     device = choose_device(device)
     data = load_dataset(cfg.dataset, cfg.size, cfg.channels, data_dir)
     (c, h, w), n = data.shape, world()[1]
@@ -224,9 +227,14 @@ def ddpm_train(
     trained = read_checkpoint(out/'checkpoint.safetensors')[1]['seconds']
     say(f"\ntrained in {trained:.0f} s; now sampling and measuring")
     start, n = time.perf_counter(), how_many(ddpm, samples, '--samples', say)
-    drawn = draw_samples(ddpm, n, cfg.seed, progress=first and not quiet and can_show_progress())
-    metrics = {'seconds_training': round(trained, 1), **report(ddpm, data, drawn), 'seconds_measuring': round(time.perf_counter()-start, 1),
+    try:
+        drawn = draw_samples(ddpm, n, cfg.seed, progress=first and not quiet and can_show_progress())
+        measured = report(ddpm, data, drawn)
+    except KeyboardInterrupt: raise Interrupted(f"interrupted; the trained network is saved; to sample and measure it: {resume_command(cfg, out)}") from None
+    metrics = {'seconds_training': round(trained, 1), **measured, 'seconds_measuring': round(time.perf_counter()-start, 1),
                'parameters': sum(p.numel() for p in ddpm.model.parameters()), 'config': asdict(cfg)}
+    if evaluated: metrics['evaluation'] = old['evaluation']                       # of the same weights
+    elif 'evaluation' in old: say(f"note: what ddpm_evaluate measured was a shorter run, and is gone; again: {shlex.join(['ddpm_evaluate', str(out)])}")
     if not first: return metrics
     if n: save_samples(drawn, out/'samples.png', data.levels)
     save_curve(out, cfg.dataset)
@@ -292,10 +300,10 @@ def chain_name(
 def ddpm_sample(
     what:str,              # the folder of a run, one of its checkpoints, a diffusers folder or hub name, or a model that ships with the package: digits, fashion_mnist
     n:int=None,            # how many images (default: 64, on a slow device fewer)
-    seed:int=0,            # same seed, same images
+    seed:int=0,            # same seed, same images (default 0)
     steps_shown:int=0,     # also draw the way from noise to image, at this many moments, for up to 8 of them
-    batch_size:int=256,    # images at a time; the images do not depend on it
-    precision:str='float32', # or bfloat16 (for hardware made for it)
+    batch_size:int=256,    # images at a time; the images do not depend on it (default 256)
+    precision:str='float32', # float32 (default) or bfloat16 (for hardware made for it)
     out:str=None,          # a .png, or .safetensors with the images as one uint8 tensor (default: a free name in the current folder)
     overwrite:bool=False,  # replace the file if it exists
     device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU if there is one)
@@ -358,14 +366,14 @@ def table_row(
 
 @command
 def ddpm_evaluate(
-    what:str,              # the folder of a run, a diffusers folder or hub name, or a model that ships with the package: digits, fashion_mnist
+    what:str,              # the folder of a run, one of its checkpoints, a diffusers folder or hub name, or a model that ships with the package: digits, fashion_mnist
     dataset:str=None,      # images to evaluate on (default: what it was trained on)
-    steps:int=20,          # how many of the T values of t to draw at random for each image
+    steps:int=20,          # how many of the T values of t to draw at random for each image (default 20; all of them if there are fewer)
     exact:bool=False,      # every t for every image instead
     images:int=None,       # how many training and test images, the first ones (default: all of them)
-    curve_images:int=16,   # test images evaluated at every t, for rate and distortion
-    seed:int=0,            # of the noise
-    precision:str='float32', # or bfloat16 inside the network (for hardware made for it)
+    curve_images:int=16,   # test images evaluated at every t, for rate and distortion (default 16)
+    seed:int=0,            # of the noise (default 0)
+    precision:str='float32', # float32 (default) or, inside the network, bfloat16 (for hardware made for it)
     data_dir:str=None,     # where the dataset's files are; then nothing is downloaded (default: DDPM_DATA, else download)
     out:str=None,          # the JSON file (default: metrics.json of the run, or a free name in the current folder)
     device:str=None,       # cpu, cuda, cuda:1, ... (default: a GPU if there is one)

@@ -153,6 +153,27 @@ def test_resume_takes_the_settings_of_the_run(call, here):
     assert all(torch.equal(tensors[k], whole[k]) for k in whole)
 
 
+def test_an_evaluation_outlives_a_resume_of_the_same_weights(call, run):
+    "And one of a shorter run is dropped with a word."
+    assert call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1)[0] == 0
+    before = json.loads((run/"metrics.json").read_text())["evaluation"]
+    status, out, _ = call(ddpm_train, "digits", "--out", run, "--resume")
+    assert status == 0 and "what ddpm_evaluate measured" not in out and json.loads((run/"metrics.json").read_text())["evaluation"] == before
+    status, out, _ = call(ddpm_train, "digits", "--out", run, "--resume", "--steps", 5)
+    assert status == 0 and f"again: ddpm_evaluate {run}" in out and "evaluation" not in json.loads((run/"metrics.json").read_text())
+
+
+def test_stopped_while_measuring(call, here, monkeypatch):
+    "Nothing is lost, and how to go on is said."
+    def stopped(*args): raise KeyboardInterrupt
+    with monkeypatch.context() as m:
+        m.setattr(cli, "report", stopped)
+        status, _, err = call(ddpm_train, "digits", *QUICK)
+    assert status == 130 and "the trained network is saved" in err and "ddpm_train digits --out runs/digits --resume" in err
+    assert not (here/"runs/digits/metrics.json").exists()
+    assert call(ddpm_train, "digits", "--resume", "--quiet") == (0, "", "") and (here/"runs/digits/metrics.json").exists()
+
+
 def test_overwrite(call, run):
     before = contents(run)
     assert call(ddpm_train, "digits", *QUICK, "--seed", 3, "--out", run, "--overwrite")[0] == 0
