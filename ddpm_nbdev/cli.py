@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Parser', 'make_parser', 'one_line', 'command', 'choose_device', 'settings_of_run', 'describe_bits', 'settings_for',
-           'restarted', 'how_many', 'print_now', 'ddpm_train', 'find_model', 'check_precision', 'with_precision',
-           'free_name', 'chain_name', 'ddpm_sample', 'data_of', 'table_row', 'ddpm_evaluate', 'main']
+           'restarted', 'how_many', 'read_metrics', 'print_now', 'ddpm_train', 'find_model', 'check_precision',
+           'with_precision', 'free_name', 'chain_name', 'ddpm_sample', 'data_of', 'table_row', 'ddpm_evaluate', 'main']
 
 # %% ../nbs/20_cli.ipynb #67f92688
 import argparse
@@ -163,6 +163,15 @@ def how_many(
     say(f"64 samples would take about {64*each/60:.0f} minutes on this device; drawing {n} ({option} 64 draws them all)")
     return n
 
+def read_metrics(
+    path:Path,   # a JSON file
+)->dict|None:    # {} if it is not there, None if it holds something else
+    "The numbers that earlier commands wrote."
+    if not path.exists(): return {}
+    try: found = json.loads(path.read_text())
+    except ValueError: return None
+    return found if isinstance(found, dict) else None
+
 def print_now(*args):
     "Print, also when nobody sits at a terminal, at once."
     print(*args, flush=True)
@@ -214,7 +223,7 @@ def ddpm_train(
     resume, overwrite = restarted(out, resume, overwrite)
     check_folder(out, resume, overwrite)
     cfg = replace(settings_of_run(out, dataset), **changes) if resume else settings_for(dataset, preset, changes)
-    old = json.loads((out/'metrics.json').read_text()) if resume and (out/'metrics.json').exists() else {}
+    old = (read_metrics(out/'metrics.json') or {}) if resume else {}
     evaluated = 'evaluation' in old and read_checkpoint(out/'checkpoint.safetensors')[1]['step'] == cfg.steps
     device = choose_device(device)
     data = load_dataset(cfg.dataset, cfg.size, cfg.channels, data_dir)
@@ -226,8 +235,9 @@ def ddpm_train(
     ddpm = train(cfg, out, device, resume, overwrite, progress=not quiet, data=data)
     trained = read_checkpoint(out/'checkpoint.safetensors')[1]['seconds']
     say(f"\ntrained in {trained:.0f} s; now sampling and measuring")
-    start, n = time.perf_counter(), how_many(ddpm, samples, '--samples', say)
+    start = time.perf_counter()
     try:
+        n = how_many(ddpm, samples, '--samples', say)
         drawn = draw_samples(ddpm, n, cfg.seed, progress=first and not quiet and can_show_progress())
         measured = report(ddpm, data, drawn)
     except KeyboardInterrupt: raise Interrupted(f"interrupted; the trained network is saved; to sample and measure it: {resume_command(cfg, out)}") from None
@@ -391,9 +401,8 @@ def ddpm_evaluate(
     data = data_of(what, dataset, ddpm, data_dir)
     path = Path(out) if out else Path(what)/'metrics.json' if Path(what).is_dir() else free_name(what, 'metrics', '.json')
     path.parent.mkdir(parents=True, exist_ok=True)
-    try: old = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError: old = None
-    if not isinstance(old, dict): raise ValueError(f"{path} is not a file of metrics: choose another --out")
+    old = read_metrics(path)
+    if old is None: raise ValueError(f"{path} is not a file of metrics: choose another --out")
     progress = first and not quiet and can_show_progress()
     measure = lambda x, k: evaluate_bits_per_dim(ddpm, x, torch.Generator().manual_seed(seed), k, autocast=autocast, progress=progress)
     found = {part: measure(x[:images], None if exact else steps) for part, x in (('train', data.train), ('test', data.test))}

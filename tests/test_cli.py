@@ -161,6 +161,8 @@ def test_an_evaluation_outlives_a_resume_of_the_same_weights(call, run):
     assert status == 0 and "what ddpm_evaluate measured" not in out and json.loads((run/"metrics.json").read_text())["evaluation"] == before
     status, out, _ = call(ddpm_train, "digits", "--out", run, "--resume", "--steps", 5)
     assert status == 0 and f"again: ddpm_evaluate {run}" in out and "evaluation" not in json.loads((run/"metrics.json").read_text())
+    (run/"metrics.json").write_text("cut sho")                             # a damaged file of numbers stops no training
+    assert call(ddpm_train, "digits", "--out", run, "--resume")[0] == 0 and json.loads((run/"metrics.json").read_text())["bits_per_dim"]
 
 
 def test_stopped_while_measuring(call, here, monkeypatch):

@@ -4,7 +4,6 @@
 Nothing is written in place. Words must be equal, numbers and pictures nearly so: another processor rounds differently.
 Cells that are not run (`#| eval: false`, and the flags not in --flags) count as equal, unless they store an error.
 """
-import argparse
 import base64
 import io
 import json
@@ -17,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from run_notebooks import find_notebooks, project_root, run_one
+from run_notebooks import find_notebooks, project_root, read_arguments, run_one
 
 # How much is rounding? Measured with other instructions (ATEN_CPU_CAPABILITY=default, DNNL_MAX_CPU_ISA=SSE41, MKL_CBWR=COMPATIBLE):
 # most notebooks came out byte for byte. Elsewhere numbers changed by 1e-7 of their size; in a network trained for seconds by
@@ -104,11 +103,7 @@ def differences(old, new):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("paths", nargs="*", help="notebooks or folders (default: nbs/ of this project)")
-    parser.add_argument("--flags", default="", help="flags to run as well, separated by spaces: --flags 'slow gpu'")
-    parser.add_argument("-j", "--workers", type=int, default=1, help="notebooks to run at the same time (default 1)")
-    args = parser.parse_args()
+    args = read_arguments(__doc__)
     paths = find_notebooks(args.paths or [Path(__file__).resolve().parents[1]/"nbs"])
     root = project_root(paths[0])
     with tempfile.TemporaryDirectory() as tmp:

@@ -89,14 +89,20 @@ def run_one(path, flags):
     return ok
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def read_arguments(doc):
+    "What the command line says, for a tool that `doc` describes: notebooks, flags, workers."
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="*", help="notebooks or folders (default: nbs/ of this project)")
     parser.add_argument("--flags", default="", help="flags to run as well, separated by spaces: --flags 'slow gpu'")
     parser.add_argument("-j", "--workers", type=int, default=1, help="notebooks to run at the same time (default 1)")
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)  # for the processes that this file starts
     args = parser.parse_args()
     if args.workers < 1: parser.error("--workers must be at least 1")
+    return args
+
+
+def main():
+    args = read_arguments(__doc__)
     if args.worker:
         n = execute(Path(args.paths[0]), set(args.flags.split()))
         return print("not run (skip_exec)" if n < 0 else f"{n} cells kept as stored" if n else "ok")
