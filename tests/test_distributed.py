@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 MODEL = dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], groups=4)
 TINY = TrainConfig("digits", T=10, model_args=MODEL, dropout=.2, flip=True, steps=12, batch_size=8, lr=2e-3, warmup=5, ema_decay=.9,
                    ema_warmup=True, log_every=4, checkpoint_every=4, sample_every=0, shards=2)
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "PYTHONFAULTHANDLER": "1"}
 
 
 def torchrun(*args, cwd=None, processes=2, options=()):
@@ -45,13 +45,18 @@ def script(tmp_path, code):
 import torch; torch.set_num_threads(1)
 from dataclasses import replace
 from pathlib import Path
-from test_distributed import TINY, load_dataset
+from test_distributed import TINY, load_dataset, threads
 
-from ddpm_nbdev.train import draw_samples, join_processes, load_checkpoint, train, world
+from ddpm_nbdev.train import draw_samples, join_processes, leave_processes, load_checkpoint, train, world
 out = Path({str(tmp_path)!r})
 """
     (tmp_path/"script.py").write_text(head + code)
     return tmp_path/"script.py"
+
+
+def threads():
+    "Names of this process's threads (Linux tells them)."
+    return [comm.read_text().strip() for comm in Path("/proc/self/task").glob("*/comm")]
 
 
 def same(a, b, tol):
@@ -68,7 +73,11 @@ def test_two_processes_are_one(clip, tmp_path):
 train(replace(TINY, clip={clip!r}, sample_every=8, sample_n=3), out/'two', progress=False)
 x = draw_samples(load_checkpoint(out/'two'), 5, seed=3)
 if world()[0] == 1: torch.save(x, out/'x.pt')      # the last process has them all, too
+del x
+leave_processes()
+print('left', threads())
 """)))
+    assert out.count("left") == 2 and "gloo" not in out        # a thread of gloo's that outlives Python's end may abort the process
     train(cfg, tmp_path/"one", progress=False)
     assert same(tmp_path/"one", tmp_path/"two", 1e-6), out
     for a, b in zip(read_log(tmp_path/"one"), read_log(tmp_path/"two"), strict=True):
