@@ -545,5 +545,6 @@ def load_dataset(
     kind, _, path = name.partition(':')
     if kind not in DATASETS:
         known = ', '.join(f'{k}:PATH' if k in ('folder', 'lsun') else k for k in DATASETS)
-        raise ValueError(f"unknown dataset {name!r}; known: {known}")
+        meant = f"; for the pictures in that folder: 'folder:{name}'" if name and Path(name).is_dir() else ''
+        raise ValueError(f"unknown dataset {name!r}; known: {known}{meant}")
     return DATASETS[kind](path or None, size, channels, data_dir or os.environ.get('DDPM_DATA') or None)

@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import re
 import socket
 import struct
 import subprocess
@@ -65,6 +66,11 @@ def test_source_and_license_ship_with_the_file():
     ("digits", dict(size=16), "8x8"), ("digits", dict(channels=3), "8x8"), ("folder", {}, "needs a path"), ("folder:", {}, "needs a path"), ("folder:/none/here", {}, "no such folder")])
 def test_what_cannot_be_loaded(name, kw, said):
     with pytest.raises(ValueError, match=said): load_dataset(name, **kw)
+
+
+def test_a_folder_without_the_word_is_pointed_out(tmp_path):
+    with pytest.raises(ValueError, match=f"unknown dataset .* for the pictures in that folder: 'folder:{re.escape(str(tmp_path))}'"):
+        load_dataset(str(tmp_path))
 
 
 def test_a_new_dataset_is_one_entry(monkeypatch):
