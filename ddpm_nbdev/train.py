@@ -255,8 +255,9 @@ def world()->tuple[int,int]: # this process's number and how many there are
 def join_processes():
     "Let the processes that torchrun started know each other, once; for a process started without it nothing happens."
     if 'TORCHELASTIC_RUN_ID' not in os.environ or not dist.is_available() or dist.is_initialized(): return
-    from torch.distributed.nn import functional   # read later (Adam does), its defaults would keep the group, and its threads, to the
-                                                  # end, where a thread that still frees a tensor aborts the process
+    # Its default arguments hold the group if it is imported later (Adam does); then gloo's threads outlive Python,
+    # and one that still frees a tensor aborts the process.
+    from torch.distributed.nn import functional
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ['LOCAL_RANK']))     # 'cuda' is another GPU for each
     backend, env = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo', os.environ
     if env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True' and env['GROUP_WORLD_SIZE'] == '1':
