@@ -109,7 +109,7 @@ def describe_bits(
     "One line of the summary."
     split = ' + '.join(f"{name} {bits[name]:.3f}" if bits[name] > .01 else f"{name} {bits[name]:.1e}" for name in ('L_T', 'L_mid', 'L_0'))
     error = '' if bits['standard_error'] is None else f" +- {bits['standard_error']:.3f}"
-    return f"{part:5} {bits['total']:.3f}{error} bits/dim = {split}  ({bits['images']} images)"
+    return f"{part:5} {bits['total']:.3f}{error} bits/dim = {split}  ({bits['images']} image{'s'*(bits['images'] != 1)})"
 
 def settings_for(
     dataset:str,      # what to train on
@@ -224,12 +224,13 @@ def ddpm_train(
     check_folder(out, resume, overwrite)
     cfg = replace(settings_of_run(out, dataset), **changes) if resume else settings_for(dataset, preset, changes)
     old = (read_metrics(out/'metrics.json') or {}) if resume else {}
-    evaluated = 'evaluation' in old and read_checkpoint(out/'checkpoint.safetensors')[1]['step'] == cfg.steps
+    finished = resume and read_checkpoint(out/'checkpoint.safetensors')[1]['step'] == cfg.steps
     device = choose_device(device)
     data = load_dataset(cfg.dataset, cfg.size, cfg.channels, data_dir)
     (c, h, w), n = data.shape, world()[1]
     say(f"{dataset}: {len(data.train)} training and {len(data.test)} test images, {c}x{h}x{w}, {data.levels} levels; "
         f"{cfg.steps} steps on {device}{f' and {n-1} more' if n > 1 else ''}, in {out}")
+    if finished: say("note: this run is finished; to train longer, give more --steps. Sampling and measuring again")
     if cfg.T < 500 and not cfg.schedule_args:
         say(f"note: with T={cfg.T} the linear schedule, made for T=1000, does not end in pure noise; L_T below says how far off it is")
     ddpm = train(cfg, out, device, resume, overwrite, progress=not quiet, data=data)
@@ -243,7 +244,7 @@ def ddpm_train(
     except KeyboardInterrupt: raise Interrupted(f"interrupted; the trained network is saved; to sample and measure it: {resume_command(cfg, out)}") from None
     metrics = {'seconds_training': round(trained, 1), **measured, 'seconds_measuring': round(time.perf_counter()-start, 1),
                'parameters': sum(p.numel() for p in ddpm.model.parameters()), 'config': asdict(cfg)}
-    if evaluated: metrics['evaluation'] = old['evaluation']                       # of the same weights
+    if finished and 'evaluation' in old: metrics['evaluation'] = old['evaluation']                       # of the same weights
     elif 'evaluation' in old: say(f"note: what ddpm_evaluate measured was a shorter run, and is gone; again: {shlex.join(['ddpm_evaluate', str(out)])}")
     if not first: return metrics
     if n: save_samples(drawn, out/'samples.png', data.levels)
@@ -270,7 +271,7 @@ def find_model(
     if folder.is_file() or (folder/'checkpoint.safetensors').exists(): return fast_layout(load_checkpoint(folder, device=device))
     if is_diffusers(folder): return fast_layout(load_diffusers(folder, device))
     if folder.is_dir() and len(folder.parts) != 1:
-        raise WeightsError(f"{folder}: no model.safetensors and no checkpoint.safetensors there, so no run to sample from")
+        raise WeightsError(f"{folder}: no model.safetensors and no checkpoint.safetensors there, so no trained model")
     if what.count('/') == 1 and not folder.parent.is_dir(): return fast_layout(load_diffusers(what, device))   # owner/name, on the hub
     try: return fast_layout(DDPM.from_pretrained(what, device))
     except WeightsError as e: raise WeightsError(f"{e}; and there is no run in a folder {what}") from e
@@ -363,7 +364,7 @@ def data_of(
         raise ValueError(f"{what} does not say what it was trained on: name it with --dataset")
     data = load_dataset(dataset or what, size, channels, data_dir)
     if (data.shape, data.levels) != (ddpm.shape, ddpm.levels):
-        raise ValueError(f"{dataset or what} has images {data.shape} with {data.levels} levels, the model is for {ddpm.shape} with {ddpm.levels} levels")
+        raise ValueError(f"{dataset or what} gives images {data.shape} with {data.levels} levels, the model is for {ddpm.shape} with {ddpm.levels} levels")
     return data
 
 def table_row(

@@ -473,7 +473,9 @@ def find_lsun(
     if (p/'data.mdb').is_file(): return p, None
     suffix = '_train_lmdb'
     found = [d.parent for d in p.glob(f'*{suffix}/data.mdb')] or [d.parent for d in p.parent.glob(f'{glob.escape(p.name)}{suffix}/data.mdb')]
-    if not found: raise ValueError(f"no LSUN in {p}: neither data.mdb nor NAME_train_lmdb/data.mdb is there (unpack the zip file)")
+    if not found:
+        why = 'neither data.mdb nor NAME_train_lmdb/data.mdb is' if p.is_dir() else f'no such folder, and no {p.name}{suffix}/data.mdb'
+        raise ValueError(f"no LSUN in {p}: {why} there (unpack the zip file of the category)")
     names = sorted(str(d).removesuffix(suffix) for d in found)
     if len(found) > 1: raise ValueError(f"{len(found)} categories in {p}: choose one of {', '.join(f'lsun:{n}' for n in names)}")
     test = Path(names[0]+'_val_lmdb')

@@ -299,7 +299,7 @@ def fetch(
     if not re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', name): raise WeightsError(f"{name}: no such folder, and not a name on the hub such as google/ddpm-cifar10-32")
     try: from huggingface_hub import snapshot_download
     except ImportError as e:
-        raise WeightsError(f"{name}: no such folder; to fetch it by name from the Hugging Face hub: pip install huggingface_hub") from e
+        raise WeightsError(f"{name}: no such folder; if that is a name on the Hugging Face hub, fetching it needs: pip install huggingface_hub") from e
     try: return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except (OSError, ValueError) as e:
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]

@@ -158,9 +158,9 @@ def test_an_evaluation_outlives_a_resume_of_the_same_weights(call, run):
     assert call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1)[0] == 0
     before = json.loads((run/"metrics.json").read_text())["evaluation"]
     status, out, _ = call(ddpm_train, "digits", "--out", run, "--resume")
-    assert status == 0 and "what ddpm_evaluate measured" not in out and json.loads((run/"metrics.json").read_text())["evaluation"] == before
+    assert status == 0 and "this run is finished" in out and "what ddpm_evaluate measured" not in out and json.loads((run/"metrics.json").read_text())["evaluation"] == before
     status, out, _ = call(ddpm_train, "digits", "--out", run, "--resume", "--steps", 5)
-    assert status == 0 and f"again: ddpm_evaluate {run}" in out and "evaluation" not in json.loads((run/"metrics.json").read_text())
+    assert status == 0 and "this run is finished" not in out and f"again: ddpm_evaluate {run}" in out and "evaluation" not in json.loads((run/"metrics.json").read_text())
     (run/"metrics.json").write_text("cut sho")                             # a damaged file of numbers stops no training
     assert call(ddpm_train, "digits", "--out", run, "--resume")[0] == 0 and json.loads((run/"metrics.json").read_text())["bits_per_dim"]
 
@@ -372,7 +372,7 @@ def test_weights_of_another_architecture(call, run):
 def test_nothing_to_sample_from(call, here):
     failed(call(ddpm_sample, "nothing"), 1, "no trained model 'nothing' ships with the package", "digits")
     (here/"a/b").mkdir(parents=True)
-    failed(call(ddpm_sample, "a/b"), 1, "no run to sample from")
+    failed(call(ddpm_sample, "a/b"), 1, "so no trained model")
 
 
 def test_too_many_moments(call, finished):

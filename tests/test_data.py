@@ -706,7 +706,8 @@ def test_lsun_is_only_read(tmp_path):
 
 def test_broken_lsun(tmp_path):
     load = lambda: load_dataset(f"lsun:{tmp_path}/cat", size=8)
-    one_line(load, "no LSUN in", "data.mdb", "unpack the zip file")
+    one_line(load, "no LSUN in", "no such folder", "cat_train_lmdb/data.mdb", "unpack the zip file")
+    one_line(lambda: load_dataset(f"lsun:{tmp_path}"), "no LSUN in", "neither data.mdb", "unpack the zip file")
     folder = lsun(tmp_path/"cat", [*pixels(8, 8, 8, 3), b"no image", b""])
     with pytest.raises(ValueError, match="cannot be read: 000[89] in .*cat"): load()
     raw = (folder/"data.mdb").read_bytes()
