@@ -25,7 +25,7 @@ setup(
                  *(f"Programming Language :: Python :: 3{minor}" for minor in ("", ".10", ".11", ".12", ".13")),
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=[lib, lib+".*"]),
-    package_data={lib: ["data/*.safetensors", "data/*.md", "weights/*/*"]},
+    package_data={lib: ["data/*.safetensors", "data/*.md", "weights/*/*", "static/*.html"]},
     python_requires=">="+cfg["min_python"],
     install_requires=cfg["requirements"].split(),
     extras_require={k.removesuffix("_requirements"): cfg[k].split() for k in cfg if k.endswith("_requirements")},
