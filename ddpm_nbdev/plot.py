@@ -144,7 +144,9 @@ _ICONS = {'Previous frame': 'M3 2h2v12H3zM13 2v12L6 8z',
           'Faster': 'M7 3h2v4h4v2H9v4H7V9H3V7h4z'}
 
 @lru_cache(maxsize=1)
-def _player(): return Template((files('ddpm_nbdev')/'static/player.html').read_text('utf-8').strip())
+def _player():
+    html = (files('ddpm_nbdev')/'static/player.html').read_text('utf-8')
+    return Template(html.strip())
 
 def _button(
     name:str, # a key of `_ICONS`
