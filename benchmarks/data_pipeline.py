@@ -1,8 +1,8 @@
 #!/usr/bin/env python
 """What does it cost to get a batch of images to the loss?
 
-Compares the package's way (one uint8 tensor in memory; index, flip and scale per batch) with reading the files of each
-batch from disk. Nothing but the package is needed; the images are random.
+Compares the package's way (one uint8 tensor in memory; index, flip and scale per batch) with
+reading the files of each batch from disk. Nothing but the package is needed; the images are random.
 """
 import argparse
 import tempfile
@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ddpm_nbdev.data import Batches, read_image
+from ddpm_nbdev.data import Batches
+from ddpm_nbdev.formats import read_image
 
 
 def seconds(f, repeat):
@@ -34,16 +35,21 @@ def measure(name, n, c, size, batch_size, folder):
     for i in range(batch_size):
         files.append(folder/f"{name}{i}.png")
         Image.fromarray(images[i].permute(1, 2, 0).squeeze(-1).numpy()).save(files[-1])
-    memory = seconds(lambda i: batches(i), 50)
-    disk = seconds(lambda i: torch.from_numpy(np.stack([read_image(p, size, c) for p in files])).float().mul_(2/255).sub_(1), 5)
+    def from_disk(i):
+        pixels = torch.from_numpy(np.stack([read_image(p, size, c) for p in files]))
+        return pixels.float().mul_(2/255).sub_(1)
+    memory, disk = seconds(lambda i: batches(i), 50), seconds(from_disk, 5)
     epoch = seconds(lambda i: np.random.default_rng((0, i)).permutation(n), 5)
-    print(f"{name:10} {n:7,} {batch_size:6} {n*c*size*size/1e6:9.1f} {memory*1e3:12.3f} {disk*1e3:10.2f} {disk/memory:9.0f} {epoch*1e3:11.2f}")
+    print(f"{name:10} {n:7,} {batch_size:6} {n*c*size*size/1e6:9.1f} {memory*1e3:12.3f} "
+          f"{disk*1e3:10.2f} {disk/memory:9.0f} {epoch*1e3:11.2f}")
 
 
 def main():
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(description=__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}; milliseconds per batch")
-    print(f"{'images':10} {'number':>7} {'batch':>6} {'uint8, MB':>9} {'from memory':>12} {'from PNG':>10} {'ratio':>9} {'epoch order':>11}")
+    print(f"{'images':10} {'number':>7} {'batch':>6} {'uint8, MB':>9} {'from memory':>12} "
+          f"{'from PNG':>10} {'ratio':>9} {'epoch order':>11}")
     with tempfile.TemporaryDirectory() as tmp:
         measure("digits", 1437, 1, 8, 64, Path(tmp))
         measure("digits", 1437, 1, 8, 128, Path(tmp))

@@ -1,6 +1,6 @@
 """Images per second through the U-Nets: forward (sampling) and forward + backward (training).
 
-    python benchmarks/unet_speed.py                          # digits, on the CPU or on the GPU if there is one
+    python benchmarks/unet_speed.py                       # digits, on the GPU if there is one
     python benchmarks/unet_speed.py --net cifar10 --batch-size 8
 """
 import argparse
@@ -13,7 +13,10 @@ from ddpm_nbdev.unet import cifar10_unet, digits_unet, image256_unet
 NETS = {'digits': digits_unet, 'cifar10': cifar10_unet, 'image256': image256_unet}
 
 def best_seconds(f, seconds, sync):
-    "Shortest time of one call, over windows of several calls: what the machine can do when nothing disturbs it."
+    """Shortest time of one call, over windows of several calls.
+
+    It is what the machine can do when nothing disturbs it.
+    """
     f()
     sync()
     start = time.perf_counter()
@@ -29,17 +32,20 @@ def best_seconds(f, seconds, sync):
     return best
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--net', choices=NETS, default='digits')
     p.add_argument('--batch-size', type=int, default=64)
     p.add_argument('--seconds', type=float, default=5., help='time for each number')
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     a = p.parse_args()
-    sync = torch.cuda.synchronize if a.device.startswith('cuda') else (lambda: None)
-    where = torch.cuda.get_device_name() if a.device.startswith('cuda') else f"CPU, {torch.get_num_threads()} threads"
+    cuda = a.device.startswith('cuda')
+    sync = torch.cuda.synchronize if cuda else (lambda: None)
+    where = torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads"
     net = NETS[a.net]()
     size, channels, n = net.config['resolution'], net.config['in_channels'], a.batch_size
-    print(f"{a.net}, batch {n}, {channels}x{size}x{size}, {sum(map(torch.numel, net.parameters())):,} parameters, {where}")
+    parameters = sum(map(torch.numel, net.parameters()))
+    print(f"{a.net}, batch {n}, {channels}x{size}x{size}, {parameters:,} parameters, {where}")
     for layout in (torch.contiguous_format, torch.channels_last):
         net = net.to(a.device, memory_format=layout)
         x = torch.randn(n, channels, size, size, device=a.device).contiguous(memory_format=layout)
@@ -52,6 +58,7 @@ def main():
         for what, f, mode in (('forward', sample, False), ('forward + backward', train, True)):
             net.train(mode)
             s = best_seconds(f, a.seconds, sync)
-            print(f"{str(layout).split('.')[1]:18s} {what:18s} {n/s:10.1f} images/s {1000*s:9.1f} ms a batch", flush=True)
+            print(f"{str(layout).split('.')[1]:18s} {what:18s} {n/s:10.1f} images/s "
+                  f"{1000*s:9.1f} ms a batch", flush=True)
 
 if __name__ == '__main__': main()

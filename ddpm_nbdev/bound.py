@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .forward import q_mean_variance, q_sample
 from .noise import indexed_uniform
-from .posterior import posterior_variance, q_posterior_mean_variance
+from .posterior import _posterior_mean, posterior_variance
 from .schedule import NoiseSchedule, extract
 
 # %% ../nbs/05_bound.ipynb #db37e17e
@@ -40,7 +40,7 @@ def prior_kl(
 )->Tensor:               # `(b,)` nats per dimension
     "L_T of eq. 5: how far q(x_T | x_0) is from N(0, I), in closed form."
     if x0.device.type == 'mps': x0 = x0.cpu()        # which has no float64, and
-    x0 = x0.double()                                 # float32 loses it: it is about 1e-5
+    x0 = x0.double()                                # float32 loses it: it is about 1e-5
     t = torch.full((len(x0),), sched.T, device=x0.device)
     mean, var = q_mean_variance(sched, x0, t)
     zero = torch.zeros_like(mean)
@@ -80,7 +80,7 @@ def vlb_terms(
     "The term of eq. 5 that belongs to t: L_{t-1} for t > 1, L_0 for t = 1."
     xt = q_sample(sched, x0, t, noise)
     out = p(xt, t)
-    true_mean, _ = q_posterior_mean_variance(sched, x0, xt, t)
+    true_mean = _posterior_mean(sched, x0, xt, t)                           # eq. 7
     log_var = extract(clipped_posterior_log_variance(sched), t, x0)
     kl = mean_flat(normal_kl(true_mean, log_var, out.mean, out.log_variance))
     nll = lambda x0, mean, log_var: -mean_flat(decoder(x0, mean, log_var))
@@ -102,12 +102,12 @@ def choose_steps(
     T:int,         # number of steps
     k:int|None,    # random steps per image besides t = 1; None takes every step once
 )->tuple[Tensor,Tensor]: # `(n, k+1)` each, or `(1, T)` if all images share them
-    "Steps, and weights of their terms for an unbiased sum; t = 1 comes first, weight 1."
+    "Steps, and weights of their terms for an unbiased sum; t = 1 first, with weight 1."
     device = index.device
     if count_steps(T, k) == T:
         ts = torch.arange(1, T+1, device=device)[None]
         return ts, torch.ones(1, T, device=device)
-    prob = 1/torch.arange(2, T+1, dtype=torch.float64)       # terms are large at small t
+    prob = 1/torch.arange(2, T+1, dtype=torch.float64)      # terms are large at small t
     prob = prob/prob.sum()
     u = (torch.arange(k) + indexed_uniform(key, index, k))/k # one in each k-th
     i = torch.searchsorted(prob.cumsum(0), u).clamp(max=T-2)

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'rank', 'size', 'join_processes', 'leave_processes', 's
            'my_share', 'fast_layout', 'Autocast', 'LowPrecision', 'eval_mode', 'to_device', 'free_memory',
            'check_memory']
 
-# %% ../nbs/09a_machines.ipynb #736635ae
+# %% ../nbs/09a_machines.ipynb #57098188
 import atexit
 import copy
 import math
@@ -38,7 +38,7 @@ def join_processes():
     env = os.environ
     if 'TORCHELASTIC_RUN_ID' not in env or not dist.is_available() or _grouped(): return
     # Its default arguments hold the group if it is imported later (Adam does); then
-    # gloo's threads outlive Python, and one that still frees a tensor aborts the process.
+    # gloo's threads outlive Python, where one that frees a tensor aborts the process.
     from torch.distributed.nn import functional
     cuda = torch.cuda.is_available()
     if cuda: torch.cuda.set_device(int(env['LOCAL_RANK']))     # another GPU for each
@@ -47,7 +47,8 @@ def join_processes():
     if agent and env['GROUP_WORLD_SIZE'] == '1':
         # torchrun keeps this store over restarts: what dead processes left in it must
         # not be found, so each start has a prefix of its own
-        store = dist.TCPStore(env['MASTER_ADDR'], int(env['MASTER_PORT']), is_master=False)
+        host, port = env['MASTER_ADDR'], int(env['MASTER_PORT'])
+        store = dist.TCPStore(host, port, is_master=False)
         store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
         dist.init_process_group(backend, store=store, rank=int(env['RANK']),
                                 world_size=int(env['WORLD_SIZE']))
@@ -111,7 +112,8 @@ class Autocast(nn.Module):
         self.model, self.dtype = model, dtype
 
     def forward(self, xt, t):
-        with torch.autocast(xt.device.type, self.dtype): return self.model(xt, t).float()
+        with torch.autocast(xt.device.type, self.dtype):
+            return self.model(xt, t).float()
 
 class LowPrecision(nn.Module):
     "A copy of the network with its weights cast once; it takes and returns float32."
@@ -130,13 +132,13 @@ def eval_mode(
 ):
     "Put the model in eval mode (dropout off) inside the block, then restore its mode."
     modules = getattr(model, 'modules', list)()
-    was = [m for m in modules if m.training]     # a part that was in eval mode stays in it
+    was = [m for m in modules if m.training]  # a part that was in eval mode stays in it
     for m in was: m.training = False
     try: yield
     finally:
         for m in was: m.training = True
 
-# %% ../nbs/09a_machines.ipynb #1820e199
+# %% ../nbs/09a_machines.ipynb #6c22b1b3
 def to_device(
     x:Tensor, # on the CPU
     device,   # where it is needed
@@ -171,5 +173,6 @@ def check_memory(
     free = free_memory()
     if free is not None and need > .9*free:
         raise ValueError(
-            f"{n} images of {shape[1]}x{shape[2]} in {what} take {need/1e9:.1f} GB, and "
-            f"{free/1e9:.1f} GB of memory are free: choose a smaller size, or take fewer images")
+            f"{n} images of {shape[1]}x{shape[2]} in {what} take {need/1e9:.1f} GB, "
+            f"and {free/1e9:.1f} GB of memory are free: choose a smaller size, "
+            "or take fewer images")

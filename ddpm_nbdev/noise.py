@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['noise_like', 'mix64', 'indexed_noise', 'indexed_uniform', 'subseed', 'own_randomness']
 
-# %% ../nbs/01a_noise.ipynb #d9a6eb5d
+# %% ../nbs/01a_noise.ipynb #2702604d
 import math
 from contextlib import contextmanager
 
@@ -58,7 +58,7 @@ def indexed_noise(
     z = radius*(2*math.pi*(v.to(real)/2**32)).cos()
     return z.to(like.dtype).reshape(like.shape)
 
-# %% ../nbs/01a_noise.ipynb #484d393f
+# %% ../nbs/01a_noise.ipynb #ab02f536
 def indexed_uniform(
     key:int,      # names the stream
     index:Tensor, # which example, `(b,)`, int64

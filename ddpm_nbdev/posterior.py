@@ -8,27 +8,36 @@ __all__ = ['posterior_variance', 'posterior_coefs', 'q_posterior_mean_variance']
 # %% ../nbs/03_posterior.ipynb #e49bdcfa
 from torch import Tensor
 
-from .schedule import NoiseSchedule, cast_like, check_steps
+from .schedule import NoiseSchedule, cast_like, check_steps, extract
 
 # %% ../nbs/03_posterior.ipynb #1dfce8d6
 def posterior_variance(
     sched:NoiseSchedule, # tables indexed by the paper's t
-)->Tensor:               # `(T+1,)` float64; zero at t = 1, and at t = 0, where there is no step
+)->Tensor:               # `(T+1,)` float64; zero at t = 1, and at t = 0 (no step)
     "The variance beta-tilde_t of q(x_{t-1} | x_t, x_0), eq. 7."
     var = sched.beta.clone()
     var[1:] *= (1-sched.alpha_bar[:-1]) / (1-sched.alpha_bar[1:])
     return var
 
 # %% ../nbs/03_posterior.ipynb #7be21fe4
-def posterior_coefs(
-    sched:NoiseSchedule,  # tables indexed by the paper's t
-    t:Tensor,             # steps, `(b,)`, each in 1..T
-)->tuple[Tensor,Tensor]:  # the weights of x_0 and of x_t in mu-tilde, each `(b,)` float64
-    "The two coefficients of eq. 7."
-    check_steps(sched, t)
+def _posterior_coefs(sched, t):
+    "The two coefficients of eq. 7; t has been checked."
     t = t.to(sched.beta.device)
     beta, abar, abar_prev = sched.beta[t], sched.alpha_bar[t], sched.alpha_bar[t-1]
     return abar_prev.sqrt()*beta / (1-abar), (1-beta).sqrt()*(1-abar_prev) / (1-abar)
+
+def _posterior_mean(sched, x0, xt, t):
+    "The mean mu-tilde_t of eq. 7; t has been checked."
+    coef_x0, coef_xt = (cast_like(c, xt) for c in _posterior_coefs(sched, t))
+    return coef_x0*x0 + coef_xt*xt                         # float64 until the cast
+
+def posterior_coefs(
+    sched:NoiseSchedule,  # tables indexed by the paper's t
+    t:Tensor,             # steps, `(b,)`, each in 1..T
+)->tuple[Tensor,Tensor]:  # weights of x_0 and of x_t in mu-tilde, `(b,)` float64
+    "The two coefficients of eq. 7."
+    check_steps(sched, t)
+    return _posterior_coefs(sched, t)
 
 def q_posterior_mean_variance(
     sched:NoiseSchedule, # tables indexed by the paper's t
@@ -37,5 +46,5 @@ def q_posterior_mean_variance(
     t:Tensor,            # steps, `(b,)`, each in 1..T
 )->tuple[Tensor,Tensor]: # mean `(b, ...)`, variance `(b, 1, ..., 1)`
     "Mean and variance of q(x_{t-1} | x_t, x_0), eq. 7."
-    coef_x0, coef_xt = (cast_like(c, xt) for c in posterior_coefs(sched, t))    # float64 until here
-    return coef_x0*x0 + coef_xt*xt, cast_like(posterior_variance(sched)[t.to(sched.beta.device)], xt)
+    check_steps(sched, t)
+    return _posterior_mean(sched, x0, xt, t), extract(posterior_variance(sched), t, xt)

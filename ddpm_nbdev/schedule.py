@@ -107,7 +107,7 @@ def quadratic_schedule(
     stds = torch.linspace(beta_1**.5, beta_T**.5, int(T), dtype=torch.float64)
     return NoiseSchedule.from_betas(stds**2)
 
-# %% ../nbs/01_schedule.ipynb #b777dad3
+# %% ../nbs/01_schedule.ipynb #34e0f904
 SCHEDULES = {'linear': linear_schedule, 'constant': constant_schedule,
              'quadratic': quadratic_schedule, 'betas': NoiseSchedule.from_betas}
 

@@ -91,7 +91,7 @@ def exact_denoiser(
     "The exact `eps*(x_t, t)` as a model."
     return lambda xt, t: exact_eps(mixture, sched, xt, t)
 
-# %% ../nbs/04_toy.ipynb #1e84d17d
+# %% ../nbs/04_toy.ipynb #ca1def7e
 def score(
     mixture:GaussianMixture, # the data
     sched:NoiseSchedule,     # the forward process

@@ -56,7 +56,7 @@ def _group_norm(groups:int, c:int)->nn.GroupNorm:
 
 # %% ../nbs/11_unet.ipynb #bf338cde
 class ResBlock(nn.Module):
-    "Two convolutions, the step's embedding between, around a shortcut (Appendix B)."
+    "Two convolutions beside a shortcut, with t's embedding between them (Appendix B)."
     def __init__(self,
         c_in:int,         # channels in
         c_out:int,        # channels out
@@ -130,7 +130,7 @@ class Upsample(nn.Module):
 
 # %% ../nbs/11_unet.ipynb #e04498f4
 class _Level(nn.Module):
-    "Residual blocks at one resolution, with attention or without, then another one."
+    "Residual blocks at one size, with attention or without, then perhaps another size."
     def __init__(self,
         c_ins:list,                   # channels into each block
         c_out:int,                    # channels out of each block

@@ -1,4 +1,5 @@
 "benchmarks/speed.py runs and prints what it promises; how long anything takes is never tested."
+import importlib
 import json
 import re
 import subprocess
@@ -7,10 +8,18 @@ from pathlib import Path
 
 import pytest
 
-SPEED = Path(__file__).parents[1]/"benchmarks/speed.py"
+ROOT = Path(__file__).parents[1]
+SPEED = ROOT/"benchmarks/speed.py"
 ROWS = {"training": ("ddpm_nbdev", "float32", "channels first"), "sampling": ("ddpm_nbdev", "bfloat16", ""), "data": ("t and noise", None, ""),
         "share": ("ddpm_nbdev", None, "channels last"), "memory": ("ddpm_nbdev", None, "float32, channels last"),
         "processes": ("ddpm_train folder", None, "1 process")}              # one of each group: what, precision, note
+
+
+@pytest.fixture
+def part(monkeypatch):
+    "part(name): one of speed.py's modules, which import each other by their bare names."
+    monkeypatch.syspath_prepend(SPEED.parent)
+    return importlib.import_module
 
 
 @pytest.fixture(scope="module")
@@ -60,12 +69,28 @@ def test_same_operations_as_diffusers(result):
 
 def test_the_page_and_the_readme_show_the_same_measurements():
     "Every row of numbers on the CIFAR-10 page stands in benchmarks/README.md, too, and belongs to the run in results/."
-    root = Path(__file__).parent.parent
-    page = "\n".join("".join(c["source"]) for c in json.loads((root/"nbs/21_cifar10.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
+    page = "\n".join("".join(c["source"]) for c in json.loads((ROOT/"nbs/21_cifar10.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
     rows = [line for line in page.splitlines() if line.startswith(("| ddpm_nbdev", "| diffusers", "| ddpm_train", "| ceiling", "| denoising"))]
-    readme = (root/"benchmarks/README.md").read_text().splitlines()
+    readme = (ROOT/"benchmarks/README.md").read_text().splitlines()
     assert len(rows) > 15 and not set(rows) - set(readme)
-    saved = json.loads((root/"benchmarks/results/cpu_avx2.json").read_text())["rows"]
+    saved = json.loads((ROOT/"benchmarks/results/cpu_avx2.json").read_text())["rows"]
     measured = {(r["what"], r["precision"], f"{1000*r['seconds']:.1f}") for r in saved if r["group"] in ("training", "sampling") and "seconds" in r}
     columns = [[c.strip() for c in row.strip("|").split("|")] for row in rows]
     assert {(c[0], c[1], c[3]) for c in columns if len(c) == 10 and c[3]} == measured
+
+
+def test_the_readme_is_what_the_saved_rows_print(part, capsys):
+    "The tables of benchmarks/README.md, line by line, from the numbers of that run."
+    rows = json.loads((ROOT/"benchmarks/results/cpu_avx2.json").read_text())["rows"]
+    for group in ROWS: part("table").print_table(group, [r for r in rows if r["group"] == group], markdown=True)
+    printed = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert printed == [line for line in (ROOT/"benchmarks/README.md").read_text().split("## Result")[1].splitlines() if line.startswith("|")]
+
+
+def test_rounds_are_interleaved(part):
+    "Each round calls every task once; one that is too slow takes part in the first only."
+    timing, calls = part("timing"), []
+    s = timing.Settings(repeats=3, tiny=True, sync=lambda: None)
+    times = timing.interleaved({"a": (lambda: calls.append("a"), 3), "b": (lambda: calls.append("b"), 3), "slow": (lambda: calls.append("slow"), 1)}, s)
+    assert calls == ["a", "a", "b", "b"] + ["a", "b", "slow", "a", "b", "a", "b"]     # two calls to warm up
+    assert {k: len(v) for k, v in times.items()} == {"a": 3, "b": 3, "slow": 1}

@@ -16,13 +16,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm_nbdev import cli
+from ddpm_nbdev import cli, quality
 from ddpm_nbdev import train as train_module
-from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train, make_parser, one_line
+from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
+from ddpm_nbdev.commands import _make_parser, _one_line
 from ddpm_nbdev.data import load_dataset
-from ddpm_nbdev.ddpm import DDPM
+from ddpm_nbdev.ddpm import DDPM, draw_samples
 from ddpm_nbdev.decoder import to_model_range
-from ddpm_nbdev.train import digit_classifier, load_checkpoint, read_checkpoint, read_log
+from ddpm_nbdev.quality import digit_classifier
+from ddpm_nbdev.run import _restarted, read_log
+from ddpm_nbdev.saved import read_checkpoint
+from ddpm_nbdev.train import TrainConfig, load_checkpoint
 
 torch.set_num_threads(1)
 QUICK = ["--T", "4", "--steps", "4", "--batch-size", "4"]
@@ -38,8 +42,8 @@ def classifier():
 def here(tmp_path, monkeypatch, classifier):
     "An empty current folder, a classifier that is already trained, and a quick look at the bits."
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_module, "digit_classifier", lambda data: classifier)
-    monkeypatch.setattr(train_module, "EVALUATION_PIXELS", 20_000)
+    monkeypatch.setattr(quality, "digit_classifier", lambda data: classifier)
+    monkeypatch.setattr(quality, "_EVALUATION_PIXELS", 20_000)
     return tmp_path
 
 
@@ -60,8 +64,8 @@ def finished(tmp_path_factory, classifier):
     "A finished tiny run."
     out = tmp_path_factory.mktemp("finished")/"run"
     patch = pytest.MonkeyPatch()
-    patch.setattr(train_module, "digit_classifier", lambda data: classifier)
-    patch.setattr(train_module, "EVALUATION_PIXELS", 20_000)
+    patch.setattr(quality, "digit_classifier", lambda data: classifier)
+    patch.setattr(quality, "_EVALUATION_PIXELS", 20_000)
     ddpm_train("digits", T=4, steps=4, batch_size=4, out=str(out), quiet=True)
     patch.undo()
     return out
@@ -199,7 +203,6 @@ def test_sample_options(call, here, finished):
 
 
 def test_chain_ends_in_the_samples(finished):
-    from ddpm_nbdev.train import draw_samples
     ddpm, seen = DDPM.load(finished), []
     x = draw_samples(ddpm, 5, watch=lambda t, x: seen.append((t, x)))
     assert [t for t, _ in seen] == [4, 3, 2, 1, 0]
@@ -257,7 +260,7 @@ def test_sample_wrong_usage(args, said, call, here, finished):
 
 
 @pytest.mark.parametrize("args, said", [(["--preset", "celeba"], "unknown preset 'celeba'; known: digits"), (["--precision", "float16"], "unknown precision"),
-    (["--clip", "norm"], "unknown clip"), (["--shards", 3], "cannot be cut into 3 equal shards"), (["--flip", "--no-flip"], "exclude each other"),
+    (["--clip", "norm"], "unknown clip"), (["--shards", 3], "cannot be cut into 3 equal shards"), (["--flip", "--no-flip"], "not allowed with argument"),
     (["--samples", -1], "samples must be at least 0"), (["--keep-every", 7], "multiple of checkpoint_every"), (["--keep-last", 0], "keep_last must be")])
 def test_train_wrong_usage_of_the_newer_options(args, said, call, here):
     failed(call(ddpm_train, "digits", *args), 2, said)
@@ -349,6 +352,47 @@ def test_unusable_weights(file, damage, call, run, here):
     assert contents(run) == before and not list(here.glob("*.png"))
 
 
+@pytest.mark.parametrize("file", ["model.safetensors", "checkpoint.safetensors"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(file, bad, call, run, here):
+    "They would draw a black picture and give NaN for bits/dim."
+    if file == "checkpoint.safetensors": (run/"model.safetensors").unlink()
+    with open(run/file, "rb") as f: head = json.loads(f.read(int.from_bytes(f.read(8), "little"))).get("__metadata__")
+    weights = load_file(run/file)
+    weights[next(k for k in weights if k.endswith("conv_in.weight") and not k.startswith("model."))].view(-1)[3] = bad
+    save_file(weights, run/file, head)
+    before = contents(run)
+    failed(call(ddpm_sample, run, "--n", 1), 1, file, "conv_in.weight has values that are not finite")
+    failed(call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1), 1, file, "not finite")
+    assert contents(run) == before and not list(here.glob("*.png"))
+
+
+def test_a_network_that_gives_nan_is_an_error(call, run, here, monkeypatch):
+    "Finite weights can overflow."
+    class Nan(torch.nn.Module):
+        def forward(self, xt, t): return xt*float("nan")
+    real = cli.find_model
+    monkeypatch.setattr(cli, "find_model", lambda *a: replace(real(*a), model=Nan()))
+    before = contents(run)
+    failed(call(ddpm_sample, run, "--n", 1), 1, "not finite")
+    failed(call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1), 1, "not finite")
+    assert contents(run) == before and not list(here.glob("*.png"))
+
+
+def test_a_second_run_into_one_folder_is_refused(call, here):
+    "And the first one ends as if nothing had happened."
+    p = subprocess.Popen([sys.executable, "-m", "ddpm_nbdev.cli", "train", "digits", *QUICK, "--steps", "400", "--log-every", "1", "--out", "run"],
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENV)
+    while not (here/"run/log.jsonl.new").exists() or not (here/"run/log.jsonl.new").read_text():
+        assert p.poll() is None, p.communicate()
+        time.sleep(.02)
+    failed(call(ddpm_train, "digits", *QUICK, "--out", "run"), 1, f"run: another run writes there (process {p.pid} on ", "choose another --out")
+    failed(call(ddpm_train, "digits", "--out", "run", "--overwrite"), 1, "another run writes there")
+    out, err = p.communicate(timeout=120)
+    assert (p.returncode, err) == (0, ""), err
+    assert [r["step"] for r in read_log(here/"run")] == list(range(1, 401))
+
+
 def test_old_style_pickle_is_not_run(call, run):
     class Bomb:
         def __reduce__(self): return (open, (str(run/"bomb went off"), "w"))
@@ -399,15 +443,26 @@ def test_bugs_are_not_hidden(call, monkeypatch, finished):
 
 
 def test_one_line():
-    assert one_line(OSError(28, "No space left on device", "a.png")) == "a.png: No space left on device"
-    assert one_line(ValueError("a\n  b")) == "a b"
-    assert one_line(KeyError()) == "KeyError"
+    assert _one_line(OSError(28, "No space left on device", "a.png")) == "a.png: No space left on device"
+    assert _one_line(ValueError("a\n  b")) == "a b"
+    assert _one_line(KeyError()) == "KeyError"
 
 
 def test_options_have_dashes_and_help():
-    for command in (ddpm_train, ddpm_sample):
-        for action in make_parser(command)._actions:
+    for command in (ddpm_train, ddpm_sample, ddpm_evaluate):
+        kw = dict(settings=TrainConfig, offered=cli._OFFERED) if command is ddpm_train else {}
+        for action in _make_parser(command.__wrapped__, **kw)._actions:
             assert action.help and not any("_" in s for s in action.option_strings)
+
+
+def test_options_of_training_are_the_settings(call):
+    "Each offered field is an option with the field's own comment, and nothing else is typed a second time."
+    from fastcore.docments import docments
+    status, said, _ = call(ddpm_train, "--help")
+    said, comments = " ".join(said.split()), docments(TrainConfig)
+    assert status == 0 and len(cli._OFFERED.split()) == 16
+    for name in cli._OFFERED.split():
+        assert f"--{name.replace('_', '-')}" in said and " ".join(comments[name].split()) in said, name
 
 
 def test_resume_is_judged_by_the_settings_of_the_run(call, here):
@@ -427,29 +482,29 @@ def test_evaluate_asks_for_the_dataset_where_nobody_knows_it(call, here, run, mo
 def test_what_a_restart_does(here, finished, monkeypatch):
     "The first start asks the folder's rules; a restart goes on with this run, or begins it again, and never with another's."
     run = shutil.copytree(finished, here/"run")
-    assert cli.restarted(run, False, True) == (False, True) and not (run/".torchrun").exists()       # no torchrun, no mark
+    assert _restarted(run, False, True) == (False, True) and not (run/".torchrun").exists()       # no torchrun, no mark
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    with pytest.raises(ValueError, match="already holds a run"): cli.restarted(run, False, False)
+    with pytest.raises(ValueError, match="already holds a run"): _restarted(run, False, False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    with pytest.raises(ValueError, match="already holds a run"): cli.restarted(run, False, False)
+    with pytest.raises(ValueError, match="already holds a run"): _restarted(run, False, False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     (run/"log.jsonl.new").write_text("")                                                             # a dead --overwrite
-    assert cli.restarted(run, True, False) == (True, False)
+    assert _restarted(run, True, False) == (True, False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert cli.restarted(run, True, False) == (True, False)
+    assert _restarted(run, True, False) == (True, False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    assert cli.restarted(run, False, True) == (False, True)
+    assert _restarted(run, False, True) == (False, True)
     (run/"log.jsonl.new").write_text("")                                                             # as RunFolder does
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert cli.restarted(run, False, True) == (False, True)                                          # no checkpoint of its own yet
+    assert _restarted(run, False, True) == (False, True)                                          # no checkpoint of its own yet
     (run/"log.jsonl.new").unlink()
-    assert cli.restarted(run, False, True) == (True, False)
+    assert _restarted(run, False, True) == (True, False)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    with pytest.raises(ValueError, match="already holds a run"): cli.restarted(run, False, False)    # a new start, without a name
+    with pytest.raises(ValueError, match="already holds a run"): _restarted(run, False, False)    # a new start, without a name
     for name in ("job7", "job7"):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", name)
-        assert cli.restarted(run, True, False) == (True, False)                                      # a queue starts the same name again
+        assert _restarted(run, True, False) == (True, False)                                      # a queue starts the same name again
 
 
 # ---- larger data, other devices, other formats
@@ -470,7 +525,7 @@ def test_cifar10_from_a_local_archive(call, here, archive, monkeypatch):
     "The whole recipe on the official layout; the network has its four levels, but few channels."
     small = train_module.PRESETS["cifar10"].model_args | dict(ch=8, groups=4)
     monkeypatch.setitem(train_module.PRESETS, "cifar10", replace(train_module.PRESETS["cifar10"], model_args=small))
-    monkeypatch.setattr(train_module, "estimate_bits_per_dim", lambda ddpm, x: dict(total=1., L_T=0., L_mid=1., L_0=0., standard_error=None, images=len(x)))
+    monkeypatch.setattr(quality, "_quick_bits", lambda ddpm, x: dict(total=1., L_T=0., L_mid=1., L_0=0., standard_error=None, images=len(x)))
     status, out, err = call(ddpm_train, "cifar10", "--steps", 3, "--batch-size", 8, "--T", 4, "--samples", 3, "--data-dir", archive)
     assert (status, err) == (0, "") and "cifar10: 50000 training and 10000 test images, 3x32x32, 256 levels; 3 steps on cpu" in out
     config = json.loads((here/"runs/cifar10/metrics.json").read_text())["config"]
@@ -506,10 +561,10 @@ def test_no_flip(call, here):
 def test_a_slow_device_draws_fewer_samples(call, here, monkeypatch):
     said = []
     ddpm = DDPM.from_pretrained("digits")
-    assert cli.how_many(ddpm, None, "--n", said.append, patience=1e9) == 64 and not said
-    n = cli.how_many(ddpm, None, "--n", said.append, patience=1.)
+    assert cli._how_many(ddpm, None, "--n", said.append, patience=1e9) == 64 and not said
+    n = cli._how_many(ddpm, None, "--n", said.append, patience=1.)
     assert 1 <= n < 64 and f"drawing {n} (--n 64 draws them all)" in said[0]
-    assert cli.how_many(ddpm, 7, "--n", said.append, patience=0.) == 7 and len(said) == 1
+    assert cli._how_many(ddpm, 7, "--n", said.append, patience=0.) == 7 and len(said) == 1
 
 
 def test_samples_as_a_tensor(call, here, finished):

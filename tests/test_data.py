@@ -3,6 +3,7 @@ import gzip
 import hashlib
 import http.server
 import io
+import json
 import re
 import socket
 import struct
@@ -20,15 +21,27 @@ import torch
 from PIL import Image
 
 import ddpm_nbdev
-from ddpm_nbdev import data
-from ddpm_nbdev.data import (DATASETS, SOURCES, Batches, Dataset, Progress, batch_indices, epoch_order, fetch, flip_where, free_memory,
-                             load_dataset, load_folder, read_image, split_images, toss)
+from ddpm_nbdev import formats, machines
+from ddpm_nbdev.data import DATASETS, Batches, Dataset, _coins, _mirror, batch_indices, epoch_order, load_dataset
+from ddpm_nbdev.formats import SOURCES, _Progress, _split_images, fetch, read_image
+from ddpm_nbdev.machines import free_memory
 
 HOME = Path(ddpm_nbdev.__file__).parent
 
 
+@pytest.fixture(autouse=True)
+def bare_machine(monkeypatch, tmp_path):
+    "Nothing that lies on this machine is read: no DDPM_DATA, no package of Debian's, an empty cache."
+    for name in ("DDPM_DATA", "RANK", "LOCAL_WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(formats, "_DEBIAN", tmp_path/"none")
+    monkeypatch.setattr(formats.pooch, "os_cache", lambda name: tmp_path/"cache"/name)
+
+
 def pixels(*shape, seed=0):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def load_folder(path, **kw): return load_dataset(f"folder:{path}", **kw)
 
 
 def save(folder, name, array, **kw):
@@ -158,7 +171,7 @@ def test_only_images_and_nothing_hidden(tmp_path):
     (tmp_path/"._a.png").write_bytes(b"a Mac wrote this")
     (tmp_path/"readme.txt").write_text("")
     (tmp_path/"folder.png").mkdir()
-    train, test = split_images(tmp_path)
+    train, test = _split_images(tmp_path)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in train+test) == ["a.png", "b.JPeG", "sub/deep/c.jpg"]
 
 
@@ -190,13 +203,13 @@ def test_train_and_test_folders_are_respected(tmp_path):
 
 def test_held_out_tenth(tmp_path):
     for i in range(40): (tmp_path/f"{i:02}.png").touch()
-    train, test = split_images(tmp_path)
+    train, test = _split_images(tmp_path)
     assert (len(train), len(test)) == (36, 4) and not set(train) & set(test) and train == sorted(train)
     by_hash = sorted(range(40), key=lambda i: hashlib.sha256(f"{i:02}.png".encode()).hexdigest())
     assert {p.name for p in test} == {f"{i:02}.png" for i in by_hash[:4]}
     moved = tmp_path.with_name("moved")
     tmp_path.rename(moved)
-    assert [p.name for p in split_images(moved)[1]] == [p.name for p in test]     # wherever the folder is
+    assert [p.name for p in _split_images(moved)[1]] == [p.name for p in test]     # wherever the folder is
 
 
 def test_one_image_is_not_enough(tmp_path):
@@ -254,7 +267,7 @@ def test_flips_are_a_function_of_seed_and_place():
     assert torch.equal(x + x.flip(-1), plain + plain.flip(-1)) and not torch.equal(x, plain)
     assert x.min() == -1 and x.max() == 1 and x.dtype == torch.float32
     assert place.tolist() == list(range(320, 384))
-    assert torch.equal(x, flip_where(toss(2, place), plain)) and not torch.equal(x, flip_where(toss(3, place), plain))
+    assert torch.equal(x, _mirror(_coins(2, place), plain)) and not torch.equal(x, _mirror(_coins(3, place), plain))
 
 
 @pytest.mark.parametrize("shards", [1, 2, 4])
@@ -267,13 +280,13 @@ def test_shards_are_the_batch(shards):
 def test_coins_are_fair_and_independent():
     "Of 40,000 coins half fall on each side, and two seeds or neighboring places agree in half of them: within 4.5 standard deviations."
     n = 40_000
-    a, b = (toss(seed, torch.arange(n)) for seed in (0, 1))
+    a, b = (_coins(seed, torch.arange(n)) for seed in (0, 1))
     for share in (a, a == b, a[1:] == a[:-1]): assert abs(share.sum()-n/2) < 4.5*n**.5/2 + 1
 
 
 def test_flip_keeps_the_other_axes():
     x = torch.arange(2*3*4*5).view(2, 3, 4, 5)
-    y = flip_where(torch.tensor([False, True]), x)
+    y = _mirror(torch.tensor([False, True]), x)
     assert torch.equal(y[0], x[0]) and y[1].tolist() == x[1].numpy()[..., ::-1].tolist()
 
 
@@ -317,14 +330,12 @@ GOOD = bytes(range(256))*1000
 
 
 @pytest.fixture
-def server(monkeypatch, tmp_path):
-    "A server that has the file `f` of the data set `net`; an empty cache; no proxy, no DDPM_DATA, no package of Debian's."
-    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY", "DDPM_DATA"): monkeypatch.delenv(name, raising=False)
+def server(monkeypatch):
+    "A server that has the file `f` of the data set `net`, and no proxy before it."
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"): monkeypatch.delenv(name, raising=False)
     server = Server()
     server.files["f"] = GOOD
     monkeypatch.setitem(SOURCES, "net", (server.base, {"f": hashlib.md5(GOOD).hexdigest()}))
-    monkeypatch.setattr(data.pooch, "os_cache", lambda name: tmp_path/"cache"/name)
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path/"none")
     yield server
     server.close()
 
@@ -378,7 +389,7 @@ def start(base, cache):
     code = f"""
 import hashlib, sys
 from pathlib import Path
-from ddpm_nbdev.data import SOURCES, fetch
+from ddpm_nbdev.formats import SOURCES, fetch
 SOURCES['net'] = ({base!r}, {{'f': {hashlib.md5(GOOD).hexdigest()!r}}})
 print('ready', flush=True)
 sys.stdin.readline()
@@ -431,7 +442,7 @@ def test_killed_while_downloading(server, tmp_path):
 
 
 def test_progress(capsys):
-    p = Progress("file", 4_000_000)
+    p = _Progress("file", 4_000_000)
     p.update(2_000_000)
     p.close()
     assert capsys.readouterr().err == ""                           # what is quick says nothing
@@ -501,7 +512,7 @@ def check_cifar(d):
 def no_network(monkeypatch):
     def refuse(*args, **kw): raise AssertionError("the network was asked")
     monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(data.pooch, "retrieve", refuse)
+    monkeypatch.setattr(formats.pooch, "retrieve", refuse)
 
 
 def test_cifar_archive(cifar, no_network):
@@ -615,8 +626,7 @@ def test_fashion_folder(packed, sub, tmp_path, no_network, monkeypatch):
 
 
 def test_fashion_from_debian_before_the_network(tmp_path, no_network, monkeypatch):
-    monkeypatch.delenv("DDPM_DATA", raising=False)
-    monkeypatch.setattr(data, "DEBIAN_FASHION_MNIST", tmp_path)
+    monkeypatch.setattr(formats, "_DEBIAN", tmp_path)
     for name, a in fashion_files().items(): (tmp_path/(name+".gz")).write_bytes(gzip.compress(idx(a)))
     check_fashion(load_dataset("fashion_mnist"))
     (tmp_path/"empty").mkdir()
@@ -736,16 +746,38 @@ def test_lsun_without_lmdb(tmp_path, monkeypatch):
 # ---- memory
 
 def test_too_large_for_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(machines, "free_memory", lambda: 10**6)
     for i in range(6): save(tmp_path, f"{i}.png", pixels(256, 256, 3))
     one_line(lambda: load_dataset(f"folder:{tmp_path}", size=256), "6 images of 256x256 in folder:", "take 0.0 GB", "choose a smaller size")
     assert len(load_dataset(f"folder:{tmp_path}", size=128).train) == 5
     lsun(tmp_path/"cat", pixels(6, 8, 8, 3))
     one_line(lambda: load_dataset(f"lsun:{tmp_path}/cat"), "6 images of 256x256 in lsun:")
-    monkeypatch.setattr(data, "free_memory", lambda: None)          # unknown: try
+    monkeypatch.setattr(machines, "free_memory", lambda: None)          # unknown: try
     assert load_dataset(f"lsun:{tmp_path}/cat").shape == (3, 256, 256)
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
 def test_free_memory():
     assert 2**20 < free_memory() < 1024*int(Path("/proc/meminfo").read_text().split()[1])
+
+
+# ---- no page depends on what lies on a machine
+
+FROM_THE_MACHINE = re.compile(r"DDPM_DATA|_DEBIAN|os_cache|Path\.home|/usr/share|cpu_count"
+                              r"|load_dataset\(['\"](?:cifar10|fashion_mnist)['\"](?![^)\n]*data_dir)|read_(?:cifar10|fashion_mnist)\(\)")
+
+
+@pytest.mark.parametrize("path", sorted((HOME.parent/"nbs").glob("[!_.]*.ipynb")), ids=lambda p: p.stem)
+def test_cells_that_need_the_machines_data_are_flagged(path):
+    "Cells that are run everywhere say where their data are; the others carry a flag and keep what they stored."
+    for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+        source = "".join(cell["source"])
+        flags = re.findall(r"^#\|\s*(\w+)", source, re.M)
+        if cell["cell_type"] != "code" or {"data", "slow", "gpu", "notest", "export", "exports", "eval"} & set(flags): continue
+        assert (found := FROM_THE_MACHINE.search(source)) is None, f"cell {cell['id']}: {found[0]}"
+
+
+def test_what_the_machines_data_look_like():
+    for bad in ("load_dataset('cifar10', 32)", 'load_dataset("fashion_mnist").test', "read_cifar10()", "os.environ['DDPM_DATA']"): assert FROM_THE_MACHINE.search(bad)
+    for good in ("load_dataset('cifar10', data_dir=root)", "load_dataset('digits')", "read_fashion_mnist(folder)", "preset('cifar10')"):
+        assert not FROM_THE_MACHINE.search(good)

@@ -14,8 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from ddpm_nbdev.data import load_dataset
+from ddpm_nbdev.ddpm import draw_samples
 from ddpm_nbdev.likelihood import evaluate_bits_per_dim
-from ddpm_nbdev.train import TrainConfig, draw_samples, estimate_bits_per_dim, load_checkpoint, read_checkpoint, read_log, train
+from ddpm_nbdev.quality import report
+from ddpm_nbdev.run import read_log, train
+from ddpm_nbdev.saved import read_checkpoint
+from ddpm_nbdev.train import TrainConfig, load_checkpoint
 
 torch.set_num_threads(1)
 MODEL = dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], groups=4)
@@ -47,7 +51,10 @@ from dataclasses import replace
 from pathlib import Path
 from test_distributed import TINY, load_dataset, threads
 
-from ddpm_nbdev.train import draw_samples, join_processes, leave_processes, load_checkpoint, train, world
+from ddpm_nbdev.ddpm import draw_samples
+from ddpm_nbdev.machines import join_processes, leave_processes, rank
+from ddpm_nbdev.run import train
+from ddpm_nbdev.train import load_checkpoint
 out = Path({str(tmp_path)!r})
 """
     (tmp_path/"script.py").write_text(head + code)
@@ -72,7 +79,7 @@ def test_two_processes_are_one(clip, tmp_path):
     out = finish(torchrun(script(tmp_path, f"""
 train(replace(TINY, clip={clip!r}, sample_every=8, sample_n=3), out/'two', progress=False)
 x = draw_samples(load_checkpoint(out/'two'), 5, seed=3)
-if world()[0] == 1: torch.save(x, out/'x.pt')      # the last process has them all, too
+if rank() == 1: torch.save(x, out/'x.pt')      # the last process has them all, too
 del x
 leave_processes()
 print('left', threads())
@@ -111,12 +118,16 @@ def test_fewer_images_than_processes(tmp_path):
     ddpm = train(replace(TINY, steps=4), tmp_path/"run", progress=False)
     finish(torchrun(script(tmp_path, """
 import json
-from ddpm_nbdev.train import estimate_bits_per_dim
+from ddpm_nbdev.quality import report
 join_processes()
-r = estimate_bits_per_dim(load_checkpoint(out/'run'), load_dataset('digits').test[:1])
-(out/f'{world()[0]}.json').write_text(json.dumps(r))
+digits = load_dataset('digits')
+one = replace(digits, train=digits.train[:1], test=digits.test[:1])
+r = report(load_checkpoint(out/'run'), one, torch.zeros(0, 1, 8, 8))['bits_per_dim']['test']
+(out/f'{rank()}.json').write_text(json.dumps(r))
 """)))
-    want = estimate_bits_per_dim(ddpm, load_dataset("digits").test[:1])
+    digits = load_dataset("digits")
+    one = replace(digits, train=digits.train[:1], test=digits.test[:1])
+    want = report(ddpm, one, torch.zeros(0, 1, 8, 8))["bits_per_dim"]["test"]
     for rank in range(2):
         got = json.loads((tmp_path/f"{rank}.json").read_text())
         assert got.pop("standard_error") is None and got == pytest.approx({k: v for k, v in want.items() if v is not None}, rel=1e-5)
@@ -130,7 +141,7 @@ from ddpm_nbdev.likelihood import evaluate_bits_per_dim
 join_processes()
 for k in (None, 3):
     r = evaluate_bits_per_dim(load_checkpoint(out/'run'), load_dataset('digits').test[:7], torch.Generator().manual_seed(2), k)
-    (out/f'{k}.{world()[0]}.json').write_text(json.dumps(r.to_dict()))
+    (out/f'{k}.{rank()}.json').write_text(json.dumps(r.to_dict()))
 """)))
     for k in (None, 3):
         r = evaluate_bits_per_dim(load_checkpoint(tmp_path/"run"), load_dataset("digits").test[:7], torch.Generator().manual_seed(2), k).to_dict()

@@ -1,4 +1,4 @@
-"What every lesson has: a question at the top, three exercises with solutions that cells check, a summary; and the site's movement."
+"What every lesson has: a question at the top, three exercises with solutions that cells check, a summary; what a workshop has; and the site's movement."
 import base64
 import json
 import re
@@ -6,7 +6,9 @@ import re
 import pytest
 from conftest import NOTEBOOKS
 
-LESSONS = [stem for stem in NOTEBOOKS if stem != "index"]
+LESSONS = [stem for stem in NOTEBOOKS if re.match(r"\d\d_", stem) and not stem.startswith("00_")]
+WORKSHOPS = [stem for stem in NOTEBOOKS if re.match(r"\d\d[a-z]_|00_", stem)]   # behind a page, for implementers
+ASSERTS = r"\bassert\b|assert_close|test_eq|test_fail|assert_allclose"
 
 
 def cells(stem): return json.loads(NOTEBOOKS[stem].read_text(encoding="utf-8"))["cells"]
@@ -15,7 +17,12 @@ def cells(stem): return json.loads(NOTEBOOKS[stem].read_text(encoding="utf-8"))[
 def source(cell): return "".join(cell["source"])
 
 
-@pytest.mark.parametrize("stem", LESSONS)
+def test_there_are_lessons_and_workshops():
+    assert len(LESSONS) >= 20 and len(WORKSHOPS) >= 11
+    assert sorted([*LESSONS, *WORKSHOPS, "index"]) == sorted(NOTEBOOKS)
+
+
+@pytest.mark.parametrize("stem", LESSONS + WORKSHOPS)
 def test_title_and_question(stem):
     first = cells(stem)[0]
     assert first["cell_type"] == "markdown" and re.fullmatch(r"# [^\n]+\n\n> [^\n]+\n?", source(first))
@@ -32,7 +39,14 @@ def test_three_exercises_with_checked_solutions(stem):
     assert len(solutions) >= 3
     for i, after in zip(solutions, [*solutions[1:], end]):
         checks = "\n".join(source(c) for c in found[i+1:after] if c["cell_type"] == "code")
-        assert re.search(r"\bassert\b|assert_close|test_eq|test_fail|assert_allclose", checks), f"solution {solutions.index(i)+1} is not checked"
+        assert re.search(ASSERTS, checks), f"solution {solutions.index(i)+1} is not checked"
+
+
+@pytest.mark.parametrize("stem", WORKSHOPS)
+def test_a_workshop_checks_its_tools(stem):
+    "No exercises are asked of it, but something must be asserted, in a cell that the tests run."
+    code = [source(c) for c in cells(stem) if c["cell_type"] == "code"]
+    assert any(re.search(ASSERTS, s) for s in code if not re.search(r"^#\|\s*(slow|gpu|data|notest|eval: false)", s, re.M))
 
 
 def animations():
@@ -47,7 +61,7 @@ def animations():
 MOVIES = list(animations())
 
 
-def test_there_is_movement(): assert len({(stem, name) for stem, name, _ in MOVIES if stem != "00_plot"}) >= 6
+def test_there_is_movement(): assert len({(stem, name) for stem, name, _ in MOVIES if stem != "00a_plot"}) >= 6
 
 
 @pytest.mark.parametrize("stem, name, html", MOVIES, ids=[f"{s}-{n}" for s, n, _ in MOVIES])

@@ -3,6 +3,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.decoder import to_model_range
-from ddpm_nbdev.forward import indexed_noise
-from ddpm_nbdev.likelihood import Autocast, evaluate_bits_per_dim, perfect_mean_cost, rate_distortion
+from ddpm_nbdev.likelihood import evaluate_bits_per_dim, perfect_mean_cost, rate_distortion
+from ddpm_nbdev.machines import Autocast
+from ddpm_nbdev.noise import indexed_noise
 from ddpm_nbdev.schedule import linear_schedule, quadratic_schedule
 
 MEANS, VARIANCES = ("eps", "x0", "mu"), ("beta", "beta_tilde", "learned")
@@ -548,10 +550,30 @@ def test_one_image_has_no_error_estimate():
     assert json.loads(json.dumps(r.to_dict(), allow_nan=False))["total_error"] is None
 
 
-def test_a_broken_model_still_gives_json():
-    r = evaluate_bits_per_dim(DDPM(lambda xt, t: xt*math.nan, linear_schedule(4), (1, 4, 4)), gray(3, (1, 4, 4), 256), seeded())
-    d = json.loads(json.dumps(r.to_dict(), allow_nan=False))
-    assert d["total"] is None and d["L_0"] is None and d["L_T"] == r.L_T and d["terms"] == [None]*5
+@pytest.mark.parametrize("first", [1, 3, 4])
+@pytest.mark.parametrize("mean, bad", [("eps", math.nan), ("x0", math.nan), ("mu", math.nan), ("mu", math.inf), ("mu", -math.inf)])
+def test_a_broken_model_is_an_error(mean, bad, first):
+    "No number, and no hole in the report: one line that says at which t it begins. (The clamp makes a number of an infinite x_0-hat.)"
+    def net(xt, t): return torch.where((t >= first).view(-1, 1, 1, 1), bad, .5*xt)
+    ddpm, x = DDPM(net, linear_schedule(4), (1, 4, 4), mean=mean), gray(3, (1, 4, 4), 256)
+    for kw in ({}, dict(batch_size=1), dict(batch_size=5), dict(steps=3), dict(autocast=torch.bfloat16)):
+        with pytest.raises(ValueError, match=f"^the network gave a value that is not finite.* first at t = {first}$"):
+            evaluate_bits_per_dim(ddpm, x, seeded(), **kw)
+
+
+def test_one_broken_pixel_of_many_images_is_an_error():
+    x = gray(40, (1, 4, 4), 256)
+    def net(xt, t):
+        out = .5*xt
+        out[-1, 0, 0, 0] = torch.where(t[-1] == 2, math.nan, out[-1, 0, 0, 0])
+        return out
+    with pytest.raises(ValueError, match="first at t = 2"): evaluate_bits_per_dim(DDPM(net, linear_schedule(2), (1, 4, 4)), x, seeded(), batch_size=80)
+
+
+def test_a_report_has_no_place_for_infinity():
+    "None stands for what was not measured, never for a number that went wrong."
+    r = evaluate_bits_per_dim(make(), gray(3, (1, 4, 4), 256), seeded())
+    with pytest.raises(ValueError): json.dumps(replace(r, total=math.inf).to_dict(), allow_nan=False)
 
 
 def test_a_small_error_beside_a_large_total_keeps_its_digits():

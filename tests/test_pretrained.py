@@ -14,11 +14,12 @@ from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
-from ddpm_nbdev.ddpm import DDPM, WeightsError
-from ddpm_nbdev.pretrained import (HUB_FILES, SCHEDULER_DEFAULTS, UNET_DEFAULTS, WEIGHTS, OfficialUNet, count_from_zero,
-    embedding_rotation, from_diffusers_weights, is_diffusers, load_diffusers, load_unet, process_from_config,
-    process_to_config, save_diffusers, save_unet, to_diffusers_weights, unet_args, unet_config)
-from ddpm_nbdev.reverse import log_variance_beta, log_variance_beta_tilde, p_sample
+from ddpm_nbdev.ddpm import DDPM
+from ddpm_nbdev.files import WeightsError
+from ddpm_nbdev.pretrained import (_HUB_FILES, _SCHEDULER_DEFAULTS, _UNET_DEFAULTS, _WEIGHTS, OfficialUNet, _count_from_zero,
+    _embedding_rotation, _from_diffusers_weights, _process_from_config, _process_to_config, _to_diffusers_weights, _unet_args,
+    _unet_config, is_diffusers, load_diffusers, load_unet, save_diffusers, save_unet)
+from ddpm_nbdev.reverse import VARIANCES, p_sample
 from ddpm_nbdev.schedule import NoiseSchedule, constant_schedule, linear_schedule, quadratic_schedule
 from ddpm_nbdev.toy import MLP
 from ddpm_nbdev.unet import UNet, cifar10_unet, digits_unet, image256_large_unet, image256_unet, timestep_embedding
@@ -100,8 +101,8 @@ def test_ours_equals_theirs(cfg, tmp_path):
 def test_the_same_function(cfg):
     "In float64, with the same embedding, nothing is left but float64's own rounding."
     theirs = their_model(cfg)
-    ours = OfficialUNet(**unet_args(cfg)).eval()
-    ours.load_state_dict(from_diffusers_weights(theirs.state_dict()))
+    ours = OfficialUNet(**_unet_args(cfg)).eval()
+    ours.load_state_dict(_from_diffusers_weights(theirs.state_dict()))
     theirs.time_proj.forward = lambda t: timestep_embedding(t, cfg["block_out_channels"][0])
     x = images(cfg).double()
     assert_close(ours.double()(x, TS), theirs.double()(x, TS-1).sample, rtol=1e-11, atol=1e-12)
@@ -113,10 +114,10 @@ def test_full_configurations(cfg, make, learned):
     "Arguments, names and shapes of the paper's networks, without memory for their weights."
     cfg = dict(cfg, out_channels=3*(1+learned))
     with torch.device("meta"): theirs, ours = UNet2DModel.from_config(cfg), make(learned_variance=learned)
-    assert unet_args(cfg) == {k: v for k, v in ours.config.items() if k != "out_channels"} | {"dropout": 0.}
+    assert _unet_args(cfg) == {k: v for k, v in ours.config.items() if k != "out_channels"} | {"dropout": 0.}
     shapes = {k: tuple(v.shape) for k, v in theirs.state_dict().items()}
-    assert {k: tuple(v.shape) for k, v in to_diffusers_weights(ours.state_dict()).items()} == shapes
-    back = from_diffusers_weights(theirs.state_dict())
+    assert {k: tuple(v.shape) for k, v in _to_diffusers_weights(ours.state_dict()).items()} == shapes
+    back = _from_diffusers_weights(theirs.state_dict())
     assert {k: tuple(v.shape) for k, v in back.items()} == {k: tuple(v.shape) for k, v in ours.state_dict().items()}
 
 
@@ -124,19 +125,19 @@ def test_full_configurations(cfg, make, learned):
     ch_mult=(1, 2, 3), num_res_blocks=3, attn_resolutions=(28, 7), resolution=28, groups=12, learned_variance=True)])
 def test_configurations_there_and_back(make):
     with torch.device("meta"): ours = make()
-    cfg = unet_config(ours.config)
-    assert json.loads(json.dumps(cfg)) == cfg and set(cfg) == set(UNET_DEFAULTS)
-    args = unet_args(cfg)
+    cfg = _unet_config(ours.config)
+    assert json.loads(json.dumps(cfg)) == cfg and set(cfg) == set(_UNET_DEFAULTS)
+    args = _unet_args(cfg)
     assert args == {k: v for k, v in ours.config.items() if k != "out_channels"}
-    assert unet_config(OfficialUNet(**args).config if make is digits_unet else dict(args, out_channels=None)) == cfg
+    assert _unet_config(OfficialUNet(**args).config if make is digits_unet else dict(args, out_channels=None)) == cfg
     with torch.device("meta"): theirs = UNet2DModel.from_config(cfg)
     assert {k: tuple(v.shape) for k, v in theirs.state_dict().items()} \
-        == {k: tuple(v.shape) for k, v in to_diffusers_weights(ours.state_dict()).items()}
+        == {k: tuple(v.shape) for k, v in _to_diffusers_weights(ours.state_dict()).items()}
 
 
 def test_defaults_are_diffusers():
     "What is assumed for a missing key is what diffusers assumes."
-    for defaults, cls in ((UNET_DEFAULTS, UNet2DModel), (SCHEDULER_DEFAULTS, DDPMScheduler)):
+    for defaults, cls in ((_UNET_DEFAULTS, UNet2DModel), (_SCHEDULER_DEFAULTS, DDPMScheduler)):
         theirs = {k: list(p.default) if isinstance(p.default, tuple) else p.default
                   for k, p in inspect.signature(cls.__init__).parameters.items() if k != "self"}
         assert {k: v for k, v in defaults.items() if k in theirs} == theirs
@@ -153,20 +154,20 @@ def old_names(weights):
 def test_old_attention_names(folder):
     "As the official folders have them; diffusers still reads them too."
     new = load_unet(folder).state_dict()
-    weights = load_file(folder/WEIGHTS)
-    save_file(old_names(weights), folder/WEIGHTS, {"format": "pt"})
-    assert not any("to_q" in k for k in load_file(folder/WEIGHTS))
+    weights = load_file(folder/_WEIGHTS)
+    save_file(old_names(weights), folder/_WEIGHTS, {"format": "pt"})
+    assert not any("to_q" in k for k in load_file(folder/_WEIGHTS))
     for k, v in load_unet(folder).state_dict().items(): assert torch.equal(v, new[k])
     x = images(TINY)
     same(load_unet(folder)(x, TS), UNet2DModel.from_pretrained(folder)(x, TS-1).sample)
-    save_file({k: v.clone() for k, v in (old_names(weights) | weights).items()}, folder/WEIGHTS)
+    save_file({k: v.clone() for k, v in (old_names(weights) | weights).items()}, folder/_WEIGHTS)
     with pytest.raises(WeightsError, match="two tensors for"): load_unet(folder)
 
 
 @torch.no_grad()
 def test_half_precision_weights(folder):
     "Weights saved in float16 or bfloat16 are read into float32."
-    save_file({k: v.bfloat16() for k, v in load_file(folder/WEIGHTS).items()}, folder/WEIGHTS)
+    save_file({k: v.bfloat16() for k, v in load_file(folder/_WEIGHTS).items()}, folder/_WEIGHTS)
     assert {p.dtype for p in load_unet(folder).parameters()} == {torch.float32}
 
 
@@ -215,7 +216,7 @@ def test_learned_variance_to_theirs(tmp_path):
 @pytest.mark.parametrize("dim", [4, 16, 128, 192])
 def test_rotation(dim):
     "Against the embedding in float64, formed here entry by entry."
-    R = embedding_rotation(dim)
+    R = _embedding_rotation(dim)
     def e(t):
         w = 10000.**(-torch.arange(dim//2).double()/(dim//2-1))
         return torch.cat([(t*w).sin(), (t*w).cos()])
@@ -226,7 +227,7 @@ def test_rotation(dim):
 def test_count_from_zero_changes_one_tensor_and_nothing_in_place():
     weights = randomize(digits_unet()).state_dict()
     before = {k: v.clone() for k, v in weights.items()}
-    new = count_from_zero(weights)
+    new = _count_from_zero(weights)
     assert [k for k in new if not torch.equal(new[k], before[k])] == ["temb.0.weight"]
     assert all(torch.equal(weights[k], before[k]) for k in before)
     assert new["temb.0.weight"].dtype == torch.float32
@@ -352,8 +353,8 @@ def test_another_process_is_refused(folder, key, value):
 @pytest.mark.parametrize("variance", ["beta", "beta_tilde"])
 def test_processes_there_and_back(sched, mean, variance):
     "Ours comes back unchanged, and diffusers makes the same betas of it (in float32)."
-    cfg = json.loads(json.dumps(process_to_config(sched, mean, variance)))
-    back, *choices = process_from_config(cfg)
+    cfg = json.loads(json.dumps(_process_to_config(sched, mean, variance)))
+    back, *choices = _process_from_config(cfg)
     assert_close(back.beta, sched.beta, rtol=1e-12, atol=0)
     assert choices == [mean, variance]
     theirs = DDPMScheduler.from_config(cfg)
@@ -363,15 +364,15 @@ def test_processes_there_and_back(sched, mean, variance):
 
 def test_published_processes():
     for kind, variance in (("fixed_large", "beta"), ("fixed_small", "beta_tilde"), ("fixed_small_log", "beta_tilde")):
-        sched, *choices = process_from_config(dict(SCHEDULER, variance_type=kind))
+        sched, *choices = _process_from_config(dict(SCHEDULER, variance_type=kind))
         assert choices == ["eps", variance] and torch.equal(sched.beta, linear_schedule().beta)
     old = dict(SCHEDULER, tensor_format="pt", timestep_values=None, predict_epsilon=True)
-    assert process_from_config(old)[1:] == ("eps", "beta_tilde")
+    assert _process_from_config(old)[1:] == ("eps", "beta_tilde")
 
 
 @pytest.mark.parametrize("kw", [dict(mean="mu"), dict(variance="learned")])
 def test_what_the_format_cannot_say(kw):
-    with pytest.raises(ValueError, match="diffusers has nothing"): process_to_config(linear_schedule(), **dict(mean="eps", variance="beta") | kw)
+    with pytest.raises(ValueError, match="diffusers has nothing"): _process_to_config(linear_schedule(), **dict(mean="eps", variance="beta") | kw)
 
 
 # ---- one step of Algorithm 2
@@ -407,7 +408,7 @@ def test_where_their_variance_is_not_ours():
     "At t = 1: 1e-20 and beta_1, ours is beta-tilde_2 for both. From t = 2 on they are the same."
     sched, like = linear_schedule(), torch.zeros(1, 1, dtype=torch.float64)
     tilde2 = sched.beta[2].item()*sched.beta[1].item()/(1-sched.alpha_bar[2].item())
-    for kind, ours, at_1 in (("fixed_small", log_variance_beta_tilde, 1e-20), ("fixed_large", log_variance_beta, 1e-4)):
+    for kind, ours, at_1 in (("fixed_small", VARIANCES["beta_tilde"], 1e-20), ("fixed_large", VARIANCES["beta"], 1e-4)):
         theirs = DDPMScheduler(variance_type=kind)
         assert theirs._get_variance(0).item() == pytest.approx(at_1, rel=2e-3)
         assert ours(sched, like, torch.tensor([1]), None).exp().item() == pytest.approx(tilde2)
@@ -440,10 +441,10 @@ class Danger:
     def __reduce__(self): return os.mkdir, (str(self.path),)
 
 
-@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", WEIGHTS])
+@pytest.mark.parametrize("name", ["diffusion_pytorch_model.bin", _WEIGHTS])
 @pytest.mark.parametrize("legacy", [True, False])
 def test_pickles_are_refused(folder, tmp_path, name, legacy):
-    (folder/WEIGHTS).unlink()
+    (folder/_WEIGHTS).unlink()
     torch.save({"conv_in.weight": Danger(tmp_path/"harm")}, folder/name, _use_new_zipfile_serialization=not legacy)
     refused(folder, name, "this is a pickle", "only safetensors")
     assert not (tmp_path/"harm").exists()
@@ -457,11 +458,11 @@ def test_a_pickle_beside_the_weights_is_left_alone(folder, tmp_path):
 
 @pytest.mark.parametrize("keep", [0, 7, 1000, -1])
 def test_truncated_weights(folder, keep):
-    (folder/WEIGHTS).write_bytes((folder/WEIGHTS).read_bytes()[:keep])
-    refused(folder, WEIGHTS, "not a complete safetensors file")
+    (folder/_WEIGHTS).write_bytes((folder/_WEIGHTS).read_bytes()[:keep])
+    refused(folder, _WEIGHTS, "not a complete safetensors file")
 
 
-@pytest.mark.parametrize("name", ["config.json", "scheduler_config.json", WEIGHTS])
+@pytest.mark.parametrize("name", ["config.json", "scheduler_config.json", _WEIGHTS])
 def test_missing_file(folder, name):
     (folder/name).unlink()
     refused(folder, name, "no such file")
@@ -475,12 +476,12 @@ def test_broken_json(folder, name, text, word):
 
 
 def test_weights_of_another_network(folder):
-    weights = load_file(folder/WEIGHTS)
+    weights = load_file(folder/_WEIGHTS)
     for change in (lambda w: w.pop("conv_out.bias"), lambda w: w.update(extra=torch.zeros(1)),
                    lambda w: w.update({"conv_in.weight": torch.zeros(8, 4, 3, 3)})):
         other = dict(weights)
         change(other)
-        save_file(other, folder/WEIGHTS)
+        save_file(other, folder/_WEIGHTS)
         refused(folder, "weights of another architecture")
 
 
@@ -537,18 +538,18 @@ def test_by_name(folder, monkeypatch):
     ddpm = load_diffusers("google/ddpm-cifar10-32")
     assert ddpm.shape == (3, 8, 8)
     (name, kw), = calls
-    assert name == "google/ddpm-cifar10-32" and kw == {"allow_patterns": HUB_FILES}
-    asked = lambda f: any(fnmatch(f, p) for p in HUB_FILES)
-    for f in ("config.json", WEIGHTS, "scheduler_config.json"):
+    assert name == "google/ddpm-cifar10-32" and kw == {"allow_patterns": _HUB_FILES}
+    asked = lambda f: any(fnmatch(f, p) for p in _HUB_FILES)
+    for f in ("config.json", _WEIGHTS, "scheduler_config.json"):
         assert asked(f) and asked(f"{'scheduler' if 'sched' in f else 'unet'}/{f}")
     for f in ("diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.bin", "model.ckpt", "x.pt", "x.pkl", "x.py", "README.md"): assert not asked(f)
-    assert all(p.endswith((".json", ".safetensors")) for p in HUB_FILES)
+    assert all(p.endswith((".json", ".safetensors")) for p in _HUB_FILES)
 
 
 def test_a_name_with_only_a_pickle(folder, monkeypatch):
-    (folder/WEIGHTS).unlink()                      # what the hub would deliver of such a repository
+    (folder/_WEIGHTS).unlink()                      # what the hub would deliver of such a repository
     hub(monkeypatch, lambda: folder)
-    refused("google/ddpm-cat-256", WEIGHTS, "no such file")
+    refused("google/ddpm-cat-256", _WEIGHTS, "no such file")
 
 
 def test_a_local_folder_comes_first(folder, monkeypatch):

@@ -15,12 +15,16 @@ import torch
 import torch.utils._python_dispatch
 from safetensors.torch import load_file
 
+from ddpm_nbdev import machines
 from ddpm_nbdev import train as T
 from ddpm_nbdev.data import load_dataset
-from ddpm_nbdev.ddpm import DDPM, WeightsError
+from ddpm_nbdev.ddpm import DDPM, draw_samples
+from ddpm_nbdev.files import WeightsError, write_whole
+from ddpm_nbdev.run import Interrupted, only_writer, read_log, train
+from ddpm_nbdev.saved import read_checkpoint
+from ddpm_nbdev.train import (EMA, PRESETS, ConfigError, TrainConfig, TrainingDiverged, _build_model, _small_unet_args, build_ddpm,
+                              learning_rate, load_checkpoint, preset)
 from ddpm_nbdev.unet import digits_unet
-from ddpm_nbdev.train import (EMA, PRESETS, ConfigError, Interrupted, TrainConfig, TrainingDiverged, build_ddpm, build_model, draw_samples,
-                              learning_rate, load_checkpoint, preset, read_checkpoint, read_log, small_unet_args, train, write_whole)
 
 torch.set_num_threads(1)
 MODEL = dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], groups=4)
@@ -292,6 +296,87 @@ def test_damaged_checkpoint(damage, said, tmp_path, data):
     assert file.read_bytes() == damaged
 
 
+def test_one_writer(tmp_path, data):
+    "A second run is refused while the first one writes, says who that is, and touches nothing; then it may."
+    out = tmp_path/"run"
+    p = start(out, sleep=.1)
+    wait_for_step(p, 7)
+    before = (out/"checkpoint.safetensors").read_bytes()
+    for how in (dict(resume=True), dict(overwrite=True), {}):
+        with pytest.raises(ValueError, match=f"another run writes there .process {p.pid} on .*choose another --out"):
+            train(replace(TINY, seed=5), out, data=data, **how)
+    assert (out/"checkpoint.safetensors").read_bytes() == before and not (out/"log.jsonl.new").exists()
+    p.send_signal(signal.SIGKILL)                                    # a dead one holds nothing
+    p.wait()
+    train(replace(TINY, seed=5), out, overwrite=True, data=data)
+    assert not {".lock", ".writer"} & {f.name for f in out.iterdir()}
+
+
+def test_many_runs_at_once_leave_one_whole_run(tmp_path):
+    "Six start at the same time: one trains, five are refused in words, and the log is that of one run."
+    code = f"""
+import sys, time
+sys.path.insert(0, {str(os.path.dirname(__file__))!r})
+import torch; torch.set_num_threads(1)
+from test_train import TINY, train
+print('ready', flush=True); sys.stdin.readline()
+try: train(TINY, {str(tmp_path/"run")!r}, progress=False)
+except ValueError as e: print(e); sys.exit(1)
+"""
+    ps = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    for p in ps: assert p.stdout.readline() == "ready\n"
+    for p in ps: p.stdin.write("\n"), p.stdin.flush()
+    said = [p.communicate() for p in ps]
+    assert sorted(p.returncode for p in ps) == [0, 1, 1, 1, 1, 1], said
+    for p, (out, err) in zip(ps, said):
+        assert p.returncode == 0 or "another run writes there" in out or "already holds a run" in out, (out, err)
+    assert [r["step"] for r in read_log(tmp_path/"run")] == [4, 6, 8, 12, 16, 18, 20, 24]
+
+
+def test_a_folder_that_stays_empty_is_gone_again(tmp_path):
+    with pytest.raises(RuntimeError):
+        with only_writer(tmp_path/"a"/"b"):
+            assert (tmp_path/"a"/"b"/".writer").exists()
+            with only_writer(tmp_path/"a"/"b"): pass                 # it is ours already
+            raise RuntimeError
+    assert not list(tmp_path.iterdir())
+    with only_writer(tmp_path/"a"/"b"): (tmp_path/"a"/"b"/"x").write_text("")
+    assert [p.name for p in (tmp_path/"a"/"b").iterdir()] == ["x"]
+
+
+def test_what_dead_writers_left_is_cleared(tmp_path, data):
+    (tmp_path/"samples").mkdir()
+    rubbish = [tmp_path/"checkpoint.safetensors.0123456789ab.tmp", tmp_path/"samples/000005.png.0123456789ab.tmp"]
+    for p in [*rubbish, tmp_path/"mine.tmp"]: p.write_text("half")
+    train(replace(TINY, steps=6), tmp_path, data=data)
+    assert not any(p.exists() for p in rubbish) and (tmp_path/"mine.tmp").exists()
+
+
+def test_stale_weights_are_not_used(tmp_path, data, monkeypatch):
+    "A finished run goes on and is interrupted: its model.safetensors is that of the shorter run."
+    train(replace(TINY, steps=12), tmp_path, data=data)
+    assert all(torch.equal(a, b) for a, b in zip(DDPM.load(tmp_path).model.parameters(), load_checkpoint(tmp_path).model.parameters()))
+    update = T.EMA.update
+    def stop(self, model):
+        update(self, model)
+        if self.n == 20: raise RuntimeError("power cut")
+    monkeypatch.setattr(EMA, "update", stop)
+    with pytest.raises(RuntimeError): train(TINY, tmp_path, resume=True, data=data)
+    now, average = DDPM.load(tmp_path).model.state_dict(), load_checkpoint(tmp_path).model.state_dict()
+    stale = load_file(tmp_path/"model.safetensors")
+    assert read_checkpoint(tmp_path/"checkpoint.safetensors")[1]["step"] == 18
+    assert same(now, average) and not same(now, stale)
+
+
+def test_a_resume_reads_the_checkpoint_once(tmp_path, data, monkeypatch):
+    from ddpm_nbdev import saved
+    train(replace(TINY, steps=6), tmp_path, data=data)
+    read, real = [], saved.read_weights
+    monkeypatch.setattr(saved, "read_weights", lambda path, *a: read.append(path) or real(path, *a))
+    train(TINY, tmp_path, resume=True, data=data)
+    assert len(read) == 1
+
+
 def test_torn_last_log_line(tmp_path, data, whole):
     train(replace(TINY, steps=12), tmp_path, data=data)
     with open(tmp_path/"log.jsonl", "a") as f: f.write('{"step": 14, "lo')
@@ -338,7 +423,7 @@ def one_gradient(cfg, data):
         g = torch.Generator().manual_seed(0)
         for p in state.model.parameters(): p += .1*torch.randn(p.shape, generator=g)   # away from the zeros at the start
     batches = T.Batches(data.train, cfg.batch_size, cfg.seed, True, data.levels)
-    loss, norm = T.CLIPS[cfg.clip](state, batches)
+    loss, norm = T._CLIPS[cfg.clip](state, batches)
     return loss, norm, [p.grad.clone() for p in state.model.parameters()]
 
 
@@ -393,7 +478,7 @@ def test_bfloat16_is_near_float32_and_keeps_float32_weights(data, tmp_path):
 
 def test_low_precision_copy_samples_alike(data, tmp_path):
     ddpm = train(TINY, tmp_path, data=data)
-    low = replace(ddpm, model=T.LowPrecision(ddpm.model))
+    low = replace(ddpm, model=machines.LowPrecision(ddpm.model))
     assert all(p.dtype == torch.bfloat16 for p in low.model.parameters()) and all(p.dtype == torch.float32 for p in ddpm.model.parameters())
     a, b = draw_samples(ddpm, 8).float(), draw_samples(low, 8).float()
     assert (a-b).abs().mean() < 1 and a.std() > 1                                    # of 16 gray levels
@@ -427,9 +512,10 @@ def test_a_step_does_not_wait_for_the_device(data):
 
 
 def test_what_many_processes_need_works_for_one():
-    assert T.world() == (0, 1) and T.my_share(5) == range(5) and T.one_says(True) and not T.one_says(False)
+    assert (machines.rank(), machines.size()) == (0, 1) and machines.my_share(5) == range(5)
+    assert machines.any_process(True) and not machines.any_process(False)
     x = torch.arange(3)
-    assert T.gather_rows(x) is x and T.sum_over_processes(x) is x
+    assert machines.gather_rows(x) is x and machines.sum_over_processes(x) is x
 
 
 def test_resume_clears_what_a_dead_overwrite_left(data, tmp_path):
@@ -445,8 +531,9 @@ def test_shares_are_complete_and_the_first_is_never_the_only_empty_one(monkeypat
         for size in (1, 2, 3, 8):
             parts = []
             for rank in range(size):
-                monkeypatch.setattr(T, "world", lambda: (rank, size))
-                parts.append(T.my_share(n))
+                monkeypatch.setattr(machines, "rank", lambda: rank)
+                monkeypatch.setattr(machines, "size", lambda: size)
+                parts.append(machines.my_share(n))
             assert [i for p in parts for i in p] == list(range(n))
             assert max(map(len, parts)) - min(map(len, parts)) <= 1 and (n == 0 or len(parts[0]) > 0)
 
@@ -532,12 +619,12 @@ def test_presets_are_consistent():
 
 
 def test_digits_preset_is_digits_unet():
-    assert build_model(preset("digits"), (1, 8, 8)).config == digits_unet().config
+    assert _build_model(preset("digits"), (1, 8, 8)).config == digits_unet().config
 
 
 @pytest.mark.parametrize("name, size, count", [("cifar10", 32, 35_746_307), ("celebahq256", 256, 113_673_219), ("lsun256", 256, 113_673_219), ("lsun256_large", 256, 255_677_955)])
 def test_presets_are_the_papers_networks(name, size, count):
-    with torch.device("meta"): model = build_model(PRESETS[name], (3, size, size))
+    with torch.device("meta"): model = _build_model(PRESETS[name], (3, size, size))
     assert sum(p.numel() for p in model.parameters()) == count
 
 
@@ -565,10 +652,10 @@ def test_256_presets_follow_the_official_settings():
 def test_small_unet_fits_any_size(size):
     cfg = TrainConfig("x")
     with torch.device("meta"):
-        model = build_model(cfg, (1, size, size))
+        model = _build_model(cfg, (1, size, size))
         assert model(torch.zeros(1, 1, size, size), torch.ones(1).long()).shape == (1, 1, size, size)
     assert size == 4 or size % 2 or model.factor >= 2
-    assert all(r <= 16 for r in small_unet_args(size)["attn_resolutions"])
+    assert all(r <= 16 for r in _small_unet_args(size)["attn_resolutions"])
 
 
 @pytest.mark.parametrize("mean, variance, objective", [("x0", "beta_tilde", "simple"), ("mu", "beta", "vlb"), ("eps", "learned", "vlb")])
