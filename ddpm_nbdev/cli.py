@@ -25,7 +25,7 @@ from .files import WeightsError, read_metrics, write_json, write_whole
 from .likelihood import Likelihood, evaluate_bits_per_dim, rate_distortion
 from .machines import (PRECISIONS, LowPrecision, fast_layout, join_processes, rank, size,
                                  sum_over_processes)
-from .pretrained import is_diffusers, load_diffusers
+from .pretrained import _is_diffusers, load_diffusers
 from .quality import report
 from .run import (Interrupted, _can_show_progress, _check_folder, _restarted,
                             _resume_command, _save_curve, _save_samples, _settings_of_run,
@@ -252,7 +252,7 @@ def find_model(
     hub = what.count('/') == 1 and not folder.parent.is_dir()             # owner/name
     if folder.is_file() or any(f.exists() for f in files):
         ddpm = DDPM.load(folder, device)
-    elif is_diffusers(folder) or hub and not folder.is_dir():
+    elif _is_diffusers(folder) or hub and not folder.is_dir():
         ddpm = load_diffusers(what, device)
     elif folder.is_dir() and len(folder.parts) != 1:
         raise WeightsError(f"{folder}: no model.safetensors and no "

@@ -17,14 +17,14 @@ import torch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
-from .bound import choose_steps, count_steps, prior_kl, vlb_terms
+from .bound import choose_steps, _count_steps, prior_kl, vlb_terms
 from .decoder import (_check_levels, check_grid, discretized_gaussian_log_likelihood,
                                 to_uint8)
 from .machines import eval_mode, gather_rows, my_share
 from .noise import indexed_noise, subseed
 from .objective import OBJECTIVES, training_losses
 from .reverse import MEANS, VARIANCES, p_mean_variance, p_sample_progressive
-from .saved import load_model, save_model, shipped
+from .saved import _shipped, load_model, save_model
 from .schedule import NoiseSchedule, choose
 
 # %% ../nbs/10_ddpm.ipynb #89d4bdfc
@@ -169,7 +169,7 @@ class DDPM:
         if index is None: index = torch.arange(n)
         batches = self.bound_terms(x0, key, index.to(self.device), steps, batch_size)
         if progress:
-            calls = -(-n*count_steps(self.sched.T, steps)//batch_size)
+            calls = -(-n*_count_steps(self.sched.T, steps)//batch_size)
             batches = progress_bar(batches, total=calls, leave=False)
         sums = torch.zeros(2*n, dtype=torch.float64)               # L_0, L_mid of each
         for i, t, w, nats, _ in batches:
@@ -209,7 +209,7 @@ class DDPM:
         device='cpu',      # where to put the model
     )->'DDPM':
         "A trained DDPM that ships with the package. WeightsError for an unknown name."
-        return cls.load(shipped(name), device)
+        return cls.load(_shipped(name), device)
 
 # %% ../nbs/10_ddpm.ipynb #06e49610
 def draw_samples(

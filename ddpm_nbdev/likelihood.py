@@ -13,7 +13,7 @@ import torch
 from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
-from .bound import count_steps, mean_flat, prior_kl
+from .bound import _count_steps, mean_flat, prior_kl
 from .ddpm import DDPM
 from .decoder import check_grid, to_model_range
 from .machines import Autocast, my_share, sum_over_processes
@@ -100,7 +100,7 @@ def evaluate_bits_per_dim(
                          f"got {len(index)}")
     if autocast is not None: ddpm = replace(ddpm, model=Autocast(ddpm.model, autocast))
     key = int(torch.randint(2**62, (1,), generator=generator))
-    T, k = ddpm.sched.T, count_steps(ddpm.sched.T, steps)
+    T, k = ddpm.sched.T, _count_steps(ddpm.sched.T, steps)
     per_t = torch.zeros(4, T+1, dtype=torch.float64)   # number, nats, squares, mse
     moments = torch.zeros(5, dtype=torch.float64)      # total, square, L_T, L_mid, L_0
     mine = my_share(len(x0))               # of several processes each takes some images

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'rank', 'size', 'join_processes', 'leave_processes', 'sum_over_processes', 'gather_rows', 'any_process',
-           'my_share', 'fast_layout', 'Autocast', 'LowPrecision', 'eval_mode', 'to_device', 'free_memory',
-           'check_memory']
+           'my_share', 'fast_layout', 'Autocast', 'LowPrecision', 'eval_mode', 'to_device', 'check_memory']
 
 # %% ../nbs/09a_machines.ipynb #57098188
 import atexit
@@ -153,7 +152,7 @@ def _number_in(file, pattern):
     except OSError: return None
     return int(found[1]) if found else None
 
-def free_memory()->int|None:   # bytes; None where the system does not tell
+def _free_memory()->int|None:   # bytes; None where the system does not tell
     "Memory that can be had: the machine's, or the container's if that is less."
     free = _number_in('/proc/meminfo', r'^MemAvailable:\s+(\d+) kB')
     limit = _number_in('/sys/fs/cgroup/memory.max', r'^(\d+)$')
@@ -170,7 +169,7 @@ def check_memory(
 ):
     "ValueError if `n` images do not fit; each process on this machine holds them."
     need = n*math.prod(shape)*int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    free = free_memory()
+    free = _free_memory()
     if free is not None and need > .9*free:
         raise ValueError(
             f"{n} images of {shape[1]}x{shape[2]} in {what} take {need/1e9:.1f} GB, "

@@ -29,7 +29,7 @@ from .machines import (PRECISIONS, Autocast, fast_layout, rank, size,
 from .noise import indexed_noise, indexed_uniform, subseed
 from .objective import OBJECTIVES
 from .reverse import MEANS, VARIANCES
-from .saved import (ARCHITECTURES, CHECKPOINT, _model_from_config, describe_model,
+from .saved import (ARCHITECTURES, _CHECKPOINT, _model_from_config, _describe_model,
                               load_model, read_checkpoint)
 from .schedule import SCHEDULES
 
@@ -358,9 +358,9 @@ class TrainState:
         path:Path,  # the checkpoint to write
     ):
         "Write a checkpoint."
-        header = {'format': CHECKPOINT, 'step': self.step, 'seconds': self.seconds,
+        header = {'format': _CHECKPOINT, 'step': self.step, 'seconds': self.seconds,
                   'data': self.data, 'config': asdict(self.cfg),
-                  'ddpm': describe_model(self.model, self.ddpm.settings)}
+                  'ddpm': _describe_model(self.model, self.ddpm.settings)}
         text = {k: json.dumps(v) for k, v in header.items()}
         write_whole(path, safetensors.torch.save(self.tensors(), text))
 

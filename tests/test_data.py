@@ -24,7 +24,7 @@ import ddpm_nbdev
 from ddpm_nbdev import formats, machines
 from ddpm_nbdev.data import DATASETS, Batches, Dataset, _coins, _mirror, batch_indices, epoch_order, load_dataset
 from ddpm_nbdev.formats import SOURCES, _Progress, _split_images, fetch, read_image
-from ddpm_nbdev.machines import free_memory
+from ddpm_nbdev.machines import _free_memory
 
 HOME = Path(ddpm_nbdev.__file__).parent
 
@@ -746,19 +746,19 @@ def test_lsun_without_lmdb(tmp_path, monkeypatch):
 # ---- memory
 
 def test_too_large_for_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(machines, "free_memory", lambda: 10**6)
+    monkeypatch.setattr(machines, "_free_memory", lambda: 10**6)
     for i in range(6): save(tmp_path, f"{i}.png", pixels(256, 256, 3))
     one_line(lambda: load_dataset(f"folder:{tmp_path}", size=256), "6 images of 256x256 in folder:", "take 0.0 GB", "choose a smaller size")
     assert len(load_dataset(f"folder:{tmp_path}", size=128).train) == 5
     lsun(tmp_path/"cat", pixels(6, 8, 8, 3))
     one_line(lambda: load_dataset(f"lsun:{tmp_path}/cat"), "6 images of 256x256 in lsun:")
-    monkeypatch.setattr(machines, "free_memory", lambda: None)          # unknown: try
+    monkeypatch.setattr(machines, "_free_memory", lambda: None)          # unknown: try
     assert load_dataset(f"lsun:{tmp_path}/cat").shape == (3, 256, 256)
 
 
 @pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="Linux only")
 def test_free_memory():
-    assert 2**20 < free_memory() < 1024*int(Path("/proc/meminfo").read_text().split()[1])
+    assert 2**20 < _free_memory() < 1024*int(Path("/proc/meminfo").read_text().split()[1])
 
 
 # ---- no page depends on what lies on a machine

@@ -18,7 +18,7 @@ from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.files import WeightsError
 from ddpm_nbdev.pretrained import (_HUB_FILES, _SCHEDULER_DEFAULTS, _UNET_DEFAULTS, _WEIGHTS, OfficialUNet, _count_from_zero,
     _embedding_rotation, _from_diffusers_weights, _process_from_config, _process_to_config, _to_diffusers_weights, _unet_args,
-    _unet_config, is_diffusers, load_diffusers, load_unet, save_diffusers, save_unet)
+    _unet_config, _is_diffusers, load_diffusers, load_unet, save_diffusers, save_unet)
 from ddpm_nbdev.reverse import VARIANCES, p_sample
 from ddpm_nbdev.schedule import NoiseSchedule, constant_schedule, linear_schedule, quadratic_schedule
 from ddpm_nbdev.toy import MLP
@@ -249,7 +249,7 @@ def test_pipeline_makes_our_samples(mean, variance, tmp_path):
 def test_pipeline_layout(tmp_path):
     "Parts in folders of their own, as pipelines are saved; what we write goes where it will be read."
     DDPMPipeline(their_model(TINY), DDPMScheduler.from_config(SCHEDULER)).save_pretrained(tmp_path)
-    assert not (tmp_path/"config.json").exists() and is_diffusers(tmp_path)
+    assert not (tmp_path/"config.json").exists() and _is_diffusers(tmp_path)
     ddpm = load_diffusers(tmp_path)
     ddpm.model.conv_out.bias += 1
     save_diffusers(ddpm, tmp_path)
@@ -262,7 +262,7 @@ def test_saved_and_loaded_as_ours(folder, tmp_path):
     ddpm = load_diffusers(folder)
     ddpm.save(tmp_path/"own")
     again = DDPM.load(tmp_path/"own")
-    assert type(again.model) is OfficialUNet and not is_diffusers(tmp_path/"own")
+    assert type(again.model) is OfficialUNet and not _is_diffusers(tmp_path/"own")
     x = images(TINY)
     with torch.no_grad(): assert torch.equal(again.model(x, TS), ddpm.model(x, TS))
 
@@ -493,14 +493,14 @@ def test_learned_variance_with_a_fixed_process(tmp_path):
 
 
 def test_is_diffusers(folder, tmp_path):
-    assert is_diffusers(folder) and is_diffusers(str(folder))
+    assert _is_diffusers(folder) and _is_diffusers(str(folder))
     (folder/"model_index.json").write_text("{}")
     (folder/"config.json").unlink()
-    assert is_diffusers(folder)
+    assert _is_diffusers(folder)
     for other in ("nowhere", "google/ddpm-cifar10-32", "empty", "own"):
         if other == "empty": (tmp_path/"e"/other).mkdir(parents=True)
         if other == "own": DDPM(digits_unet(), linear_schedule(), (1, 8, 8)).save(tmp_path/"e"/other)
-        assert not is_diffusers(tmp_path/"e"/other)
+        assert not _is_diffusers(tmp_path/"e"/other)
 
 
 def test_our_folder_is_neither_read_nor_overwritten(tmp_path):

@@ -7,7 +7,8 @@ from safetensors.torch import load_file
 
 import ddpm_nbdev
 from ddpm_nbdev.ddpm import DDPM
-from ddpm_nbdev.train import PRESETS, TrainConfig, build_model, read_log
+from ddpm_nbdev.run import read_log
+from ddpm_nbdev.train import PRESETS, TrainConfig, _build_model
 
 WEIGHTS = Path(ddpm_nbdev.__file__).parent/"weights"
 
@@ -16,7 +17,7 @@ WEIGHTS = Path(ddpm_nbdev.__file__).parent/"weights"
 def test_a_shipped_network_is_the_presets(name):
     ddpm = DDPM.from_pretrained(name)
     cfg = PRESETS[name]
-    with torch.device("meta"): want = build_model(cfg, ddpm.shape)
+    with torch.device("meta"): want = _build_model(cfg, ddpm.shape)
     assert ddpm.model.config == want.config
     assert (ddpm.sched.T, ddpm.mean, ddpm.variance, ddpm.objective) == (1000, cfg.mean, cfg.variance, cfg.objective)
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in ddpm.model.parameters())

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Run notebooks in place and clean them, each in a fresh process.
 
-Cells with `#| eval: false`, and cells whose flag (`#| slow`, `#| gpu`, `#| notest`) is not in --flags, are not run and
+Cells with `#| eval: false`, and cells whose flag (`#| slow`, `#| gpu`, `#| data`, `#| notest`) is not in --flags, are not run and
 keep their stored outputs. A notebook in which a cell fails is left as it was, and the exit status is 1.
 """
 import argparse
