@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from .commands import command
+from .commands import _choose_device, command
 from .data import Dataset, load_dataset
 from .ddpm import DDPM, draw_samples
 from .files import WeightsError, read_metrics, write_json, write_whole
@@ -33,24 +33,6 @@ from .run import (Interrupted, _can_show_progress, _check_folder, _restarted,
 from .saved import checkpoint_header
 from .train import ConfigError, TrainConfig
 from .train import preset as preset_settings
-
-# %% ../nbs/20_cli.ipynb #97f3a34a
-def _choose_device(
-    name:str|None,   # 'cpu', 'cuda', ...; None takes a GPU if there is one
-)->str:
-    "A device that works, or a one-line error."
-    mps = torch.backends.mps.is_available()
-    best = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
-    name = name or best
-    if 'LOCAL_RANK' in os.environ and name.startswith('cuda:'):
-        raise ConfigError("torchrun gives each process its GPU: say --device cuda, "
-                          f"not {name}")
-    try: torch.zeros(1, device=name).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        why = str(e).splitlines()[0].split('Expected one of')[0]
-        raise ValueError(f"device {name!r} cannot be used: "
-                         f"{why or 'unknown; try cpu or cuda'}") from e
-    return name
 
 # %% ../nbs/20_cli.ipynb #df9fa32e
 class _Plan(NamedTuple):
@@ -78,9 +60,7 @@ def _plan_training(
     preset:str|None, # the settings' name
     changes:dict,    # fields of TrainConfig that the user asked for
     device:str|None, # where to train
-    data_dir:str|None,
-    resume:bool,
-    overwrite:bool,
+    data_dir:str|None, resume:bool, overwrite:bool, # as asked for
 )->_Plan:
     "Look at everything that may be wrong before anything is written."
     resume, overwrite = _restarted(out, resume, overwrite)

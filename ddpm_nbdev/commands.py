@@ -7,7 +7,6 @@ __all__ = ['command']
 
 # %% ../nbs/19a_commands.ipynb #381d6a9a
 import argparse
-import dataclasses
 import inspect
 import os
 import sys
@@ -125,3 +124,21 @@ def command(
         name = parser.prog if number == '0' else f"{parser.prog} (process {number})"
         _run(func, parser, name)
     return run
+
+# %% ../nbs/19a_commands.ipynb #97f3a34a
+def _choose_device(
+    name:str|None,   # 'cpu', 'cuda', ...; None takes a GPU if there is one
+)->str:
+    "A device that works, or a one-line error."
+    mps = torch.backends.mps.is_available()
+    best = 'cuda' if torch.cuda.is_available() else 'mps' if mps else 'cpu'
+    name = name or best
+    if 'LOCAL_RANK' in os.environ and name.startswith('cuda:'):
+        raise ConfigError("torchrun gives each process its GPU: say --device cuda, "
+                          f"not {name}")
+    try: torch.zeros(1, device=name).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        why = str(e).splitlines()[0].split('Expected one of')[0]
+        raise ValueError(f"device {name!r} cannot be used: "
+                         f"{why or 'unknown; try cpu or cuda'}") from e
+    return name

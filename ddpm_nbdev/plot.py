@@ -92,7 +92,7 @@ def show_images(
 
 # %% ../nbs/00a_plot.ipynb #040820d3
 def show_chain(
-    xs:list[Tensor],              # one batch `(b, c, h, w)` for each moment of the chain
+    xs:list[Tensor],              # one batch `(b, c, h, w)` for each moment
     labels:list[str]|None=None,   # a label above each moment, such as "t = 500"
     levels:int=256,               # gray levels of a uint8 input
 ):                                # the axes
@@ -115,7 +115,7 @@ class _FrameKeeper(AbstractMovieWriter):
         png = io.BytesIO()
         self.fig.savefig(png, format='png', dpi=self.fig.dpi, **kwargs)
         self.frames.append(Image.open(png).convert('RGB'))
-        self.fig.set_layout_engine('none')   # as the first frame laid it out: nothing jumps
+        self.fig.set_layout_engine('none')  # as the first frame laid it out: no jumps
 
 def _movie_frames(
     anim:Animation, # a Matplotlib animation; its figure is closed
@@ -128,7 +128,7 @@ def _movie_frames(
     w, h = keeper.frames[0].size
     strip = Image.new('RGB', (w, h*len(keeper.frames)))
     for i, frame in enumerate(keeper.frames): strip.paste(frame, (0, i*h))
-    method = Image.Quantize.FASTOCTREE                       # median cut loses rare colors
+    method = Image.Quantize.FASTOCTREE                # median cut loses rare colors
     strip = strip.quantize(colors, method=method, dither=Image.Dither.NONE)
     files = [io.BytesIO() for _ in keeper.frames]
     for i, f in enumerate(files):
@@ -152,7 +152,8 @@ def _button(
     name:str, # a key of `_ICONS`
 )->str:
     "A button with an icon and a name for those who do not see it."
-    icon = f'<svg viewBox="0 0 16 16" aria-hidden="true"><path d="{_ICONS[name]}"/></svg>'
+    path = f'<path d="{_ICONS[name]}"/>'
+    icon = f'<svg viewBox="0 0 16 16" aria-hidden="true">{path}</svg>'
     return f'<button type="button" title="{name}" aria-label="{name}">{icon}</button>'
 
 def show_anim(
@@ -173,10 +174,10 @@ def show_anim(
               f'{len(frames)}" min="0" max="{len(frames)-1}" value="0">')
     buttons = [*map(_button, ('Previous frame', 'Play', 'Next frame')), slider,
                *map(_button, ('Slower', 'Faster'))]
+    below = '' if caption is None else f'\n<figcaption>{escape(caption)}</figcaption>'
     return HTML(_player().substitute(
         id=re.sub(r'\W', '_', name), name=escape(name), width=width, height=height,
         alt='' if alt is None else f' alt="{escape(alt)}"',
-        caption='' if caption is None else f'\n<figcaption>{escape(caption)}</figcaption>',
-        buttons='\n'.join(buttons), first=first, rest='\n'.join(rest),
+        caption=below, buttons='\n'.join(buttons), first=first, rest='\n'.join(rest),
         loop=str(loop).lower(), wait=round(1000/fps),
         play=_ICONS['Play'], pause=_ICONS['Pause']))

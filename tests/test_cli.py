@@ -24,7 +24,8 @@ from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM, draw_samples
 from ddpm_nbdev.decoder import to_model_range
 from ddpm_nbdev.quality import digit_classifier
-from ddpm_nbdev.run import _restarted, read_log
+from ddpm_nbdev.files import read_log
+from ddpm_nbdev.run import _restarted
 from ddpm_nbdev.saved import read_checkpoint
 from ddpm_nbdev.train import TrainConfig, load_checkpoint
 

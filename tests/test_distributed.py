@@ -17,7 +17,8 @@ from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import draw_samples
 from ddpm_nbdev.likelihood import evaluate_bits_per_dim
 from ddpm_nbdev.quality import report
-from ddpm_nbdev.run import read_log, train
+from ddpm_nbdev.files import read_log
+from ddpm_nbdev.run import train
 from ddpm_nbdev.saved import read_checkpoint
 from ddpm_nbdev.train import TrainConfig, load_checkpoint
 

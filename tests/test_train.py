@@ -19,8 +19,8 @@ from ddpm_nbdev import machines
 from ddpm_nbdev import train as T
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM, draw_samples
-from ddpm_nbdev.files import WeightsError, write_whole
-from ddpm_nbdev.run import Interrupted, only_writer, read_log, train
+from ddpm_nbdev.files import WeightsError, read_log, write_whole
+from ddpm_nbdev.run import Interrupted, only_writer, train
 from ddpm_nbdev.saved import read_checkpoint
 from ddpm_nbdev.train import (EMA, PRESETS, ConfigError, TrainConfig, TrainingDiverged, _build_model, _small_unet_args, build_ddpm,
                               learning_rate, load_checkpoint, preset)
