@@ -1,5 +1,7 @@
-"What several test files share: the site, built once, and a browser to read it in."
+"What several test files share: how tests are spread over the cores, the site, built once, and a browser to read it in."
 import json
+import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -12,7 +14,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")   # before torch is imported, and for what tests start: a core is a worker's
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = {p.stem: p for p in sorted((ROOT/"nbs").glob("[!_]*.ipynb"))}
 TO_BUILD = [m for m in ("smalldocs", "mathjax") if find_spec(m) is None]
@@ -29,8 +33,67 @@ def pytest_addoption(parser):
     parser.addoption("--site", type=Path, help="look at the site in this folder instead of building it")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """pytest-xdist on all cores, unless it is not there or the command line says otherwise.
+
+    Not in an ini file: `-n` there would make pytest fail without pytest-xdist, and output (-s) and debuggers need one process.
+    """
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or hasattr(config, "workerinput"): return
+    alone = option.usepdb or option.trace or option.capture == "no" or option.collectonly or any("::" in a for a in config.args)
+    if option.numprocesses is None and not option.tx: option.numprocesses = 0 if alone else min(cores(), 8)
+    if option.numprocesses and option.dist == "no": option.dist, option.loadscopereorder = "loadgroup", False
+
+
+# Files whose tests run in one worker, one after the other: they start several processes each, change what they share,
+# or wait for something that takes longer to make than to look at.
+TOGETHER = {"test_benchmarks.py", "test_distributed.py", "test_packaging.py", "test_site.py", "test_sync.py", "test_tools.py"}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    "What `xdist_group` and `--dist loadgroup` are for, which pytest-xdist 3.8 does not do under pytest 9.2: marks no longer reach the scheduler."
+    if config.option.dist != "loadgroup": return None
+    from xdist.scheduler import LoadScopeScheduling
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return file if file.rpartition("/")[2] in TOGETHER else nodeid
+    return Together(config, log)
+
+
+def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "browser: opens the built site in Chromium; skipped where there is none")
+
+
+# What the others wait for, then what takes long; the many short ones fill the gaps.
+FIRST = ["test_site.py", "test_distributed.py", "test_outputs.py", "test_browser.py", "test_benchmarks.py", "test_tools.py", "test_cli.py", "test_train.py"]
+
+
+def pytest_collection_modifyitems(config, items):
+    if "torch" in sys.modules: sys.modules["torch"].set_num_threads(1)
+    if not hasattr(config, "workerinput"): return
+    items.sort(key=lambda item: next((i for i, name in enumerate(FIRST) if name in item.nodeid), len(FIRST)))
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    "`once(name, make)` is what `make(folder)` returns, made by the first worker that asks, in a folder that all workers see."
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ: base = base.parent
+    def get(name, make):
+        folder, value = base/f"once-{name}", base/f"once-{name}.pickle"
+        with FileLock(f"{folder}.lock"):
+            if not value.exists():
+                shutil.rmtree(folder, ignore_errors=True)          # of a worker that failed
+                folder.mkdir()
+                value.write_bytes(pickle.dumps(make(folder)))
+        return pickle.loads(value.read_bytes())
+    return get
 
 
 class Page(HTMLParser):
@@ -81,11 +144,12 @@ def equations():
 
 
 @pytest.fixture(scope="session")
-def built(tmp_path_factory):
+def built(once):
     if NO_SITE: pytest.skip(NO_SITE)
-    out, before = tmp_path_factory.mktemp("site")/"_docs", snapshot(ROOT/"nbs")
-    res = build(ROOT, out)
-    return out, res, before == snapshot(ROOT/"nbs")
+    def make(folder):
+        before = snapshot(ROOT/"nbs")
+        return folder/"_docs", build(ROOT, folder/"_docs"), before == snapshot(ROOT/"nbs")
+    return once("site", make)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,5 @@
 "The site as a reader meets it: in a browser. One Chromium for all; each page is opened once, and what most tests ask is noted then."
+import json
 import re
 from collections import Counter
 from importlib.resources import files
@@ -108,11 +109,13 @@ def looking(browser, base):
 
 
 @pytest.fixture(scope="module")
-def visit(looking):
-    "What was noted on a page; each is opened once."
+def visit(looking, base, once):
+    "What was noted on a page; each is opened once, by one of the workers, which differ in the address of their copy of the site."
     notes = {}
     def get(name):
-        if name not in notes: notes[name] = look(looking, name)
+        if name not in notes:
+            there, seen = once(f"visit-{name}", lambda folder: (base, look(looking, name)))
+            notes[name] = json.loads(json.dumps(seen).replace(there, base))
         return notes[name]
     return get
 

@@ -35,8 +35,8 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
-def classifier():
-    return digit_classifier(load_dataset("digits"), epochs=1)
+def classifier(once):
+    return once("classifier", lambda folder: digit_classifier(load_dataset("digits"), epochs=1))
 
 
 @pytest.fixture(autouse=True)
@@ -61,15 +61,15 @@ def call(monkeypatch, capsys):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, classifier):
+def finished(once, classifier):
     "A finished tiny run."
-    out = tmp_path_factory.mktemp("finished")/"run"
-    patch = pytest.MonkeyPatch()
-    patch.setattr(quality, "digit_classifier", lambda data: classifier)
-    patch.setattr(quality, "_EVALUATION_PIXELS", 20_000)
-    ddpm_train("digits", T=4, steps=4, batch_size=4, out=str(out), quiet=True)
-    patch.undo()
-    return out
+    def make(folder):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(quality, "digit_classifier", lambda data: classifier)
+            patch.setattr(quality, "_EVALUATION_PIXELS", 20_000)
+            ddpm_train("digits", T=4, steps=4, batch_size=4, out=str(folder/"run"), quiet=True)
+        return folder/"run"
+    return once("finished", make)
 
 
 @pytest.fixture

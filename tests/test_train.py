@@ -38,11 +38,12 @@ def data():
 
 
 @pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
+def whole(data, once):
     "A run that was never interrupted: its state and its log without times."
-    out = tmp_path_factory.mktemp("whole")
-    train(TINY, out, data=data)
-    return tensors(out), log(out)
+    def make(out):
+        train(TINY, out, data=data)
+        return tensors(out), log(out)
+    return once("whole", make)
 
 
 def tensors(out):
