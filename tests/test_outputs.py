@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
 import check_outputs  # noqa: E402
 from check_outputs import differences, is_close, picture_difference, text_difference  # noqa: E402
+from run_notebooks import Runner  # noqa: E402
 
 # Seconds that these take; `tools/check_outputs.py` without names runs them too. A new notebook is run here if it is not listed.
 SLOW = {"13_train.ipynb": 60, "14_likelihood.ipynb": 52, "20_cli.ipynb": 91}
@@ -31,11 +33,25 @@ def run(*args, **env):
 def test_slow_notebooks_exist(): assert SLOW.keys() <= {p.name for p in NOTEBOOKS}
 
 
-def test_stored_outputs_are_what_the_code_gives():
+@pytest.fixture(scope="module")
+def runner():
+    runner = Runner()
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    "A copy of the project in which notebooks are run."
+    return shutil.copytree(ROOT, tmp_path_factory.mktemp("outputs")/ROOT.name, ignore=check_outputs.JUNK)
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if p.name not in SLOW], ids=lambda p: p.stem)
+def test_stored_outputs_are_what_the_code_gives(path, runner, project):
+    "Each in a test of its own, so that all cores share them."
     before = [p.read_bytes() for p in NOTEBOOKS]
-    res = run("-j", min(2, os.cpu_count()), *(p for p in NOTEBOOKS if p.name not in SLOW))
-    print(res.stdout)
-    assert res.returncode == 0, res.stdout+res.stderr
+    found = [d for d in check_outputs.check(runner, path, project) if not d.endswith(check_outputs.UNLIKE)]
+    assert not found, "\n".join(found)
     assert [p.read_bytes() for p in NOTEBOOKS] == before
 
 

@@ -11,12 +11,11 @@ import re
 import shutil
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from run_notebooks import find_notebooks, project_root, read_arguments, run_one
+from run_notebooks import find_notebooks, project_root, read_arguments, run_all
 
 # How much is rounding? Measured with other instructions (ATEN_CPU_CAPABILITY=default, DNNL_MAX_CPU_ISA=SSE41, MKL_CBWR=COMPATIBLE):
 # most notebooks came out byte for byte. Elsewhere numbers changed by 1e-7 of their size; in a network trained for seconds by
@@ -102,6 +101,13 @@ def differences(old, new):
     return res
 
 
+def check(runner, path, copy, flags=""):
+    "Run a notebook where it stands in `copy`, a copy of the project: where the result differs from what is stored at `path`."
+    new = copy/path.relative_to(project_root(path))
+    if not runner.run(new, flags): return ["a cell fails"]
+    return differences(*(json.loads(p.read_text(encoding="utf-8")) for p in (path, new)))
+
+
 def main():
     args = read_arguments(__doc__)
     paths = find_notebooks(args.paths or [Path(__file__).resolve().parents[1]/"nbs"])
@@ -109,11 +115,7 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         copy = Path(tmp)/root.name
         shutil.copytree(root, copy, ignore=JUNK)
-        def check(path):
-            new = copy/path.relative_to(root)
-            if not run_one(new, args.flags): return ["a cell fails"]
-            return differences(*(json.loads(p.read_text(encoding="utf-8")) for p in (path, new)))
-        with ThreadPoolExecutor(args.workers) as pool: results = list(pool.map(check, paths))
+        results = run_all(paths, lambda runner, path: check(runner, path, copy, args.flags), args.workers)
     unlike = sum(d.endswith(UNLIKE) for found in results for d in found)
     if unlike: print(f"{unlike} pictures {UNLIKE}")
     results = [[d for d in found if not d.endswith(UNLIKE)] for found in results]

@@ -1,11 +1,13 @@
 #!/usr/bin/env python
-"""Run notebooks in place and clean them, each in a fresh process.
+"""Run notebooks in place and clean them, each in a process of its own.
 
 Cells with `#| eval: false`, and cells whose flag (`#| slow`, `#| gpu`, `#| data`, `#| notest`) is not in --flags, are not run and
 keep their stored outputs. A notebook in which a cell fails is left as it was, and the exit status is 1.
 """
 import argparse
+import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
@@ -74,19 +76,60 @@ def execute(path, flags):
     return n_skipped
 
 
-def run_one(path, flags):
-    "Run `path` in a process of its own; returns whether it worked."
-    # One thread and a fixed hash seed: sums and set orders, so stored outputs, do not depend on the machine.
-    env = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **os.environ}
-    env.pop("IN_TEST", None)  # set by nbdev_test to shrink cells; stored outputs are of the full ones
-    start = time.time()
-    res = subprocess.run([sys.executable, __file__, "--worker", "--flags", flags, str(path)], env=env, text=True,
-                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    ok = res.returncode == 0
-    last = (res.stdout.strip().splitlines() or [""])[-1] if ok else "FAILED"
-    print(f"{path.name:28} {time.time()-start:6.1f} s  {last}", flush=True)
-    if not ok: print(res.stdout, file=sys.stderr, flush=True)
-    return ok
+def serve():
+    "Import what takes seconds once, then run each notebook that a line of stdin names in a fork, and answer with how it ended."
+    import execnb.shell, nbdev.clean, nbdev.process  # noqa: E401, F401
+    try: import matplotlib.pyplot, torch  # noqa: E401, F401
+    except ImportError: pass
+    for line in sys.stdin:
+        path, flags = json.loads(line)
+        with tempfile.TemporaryFile("w+") as out:
+            pid = os.fork()
+            if not pid:  # ends as any program does
+                with open(os.devnull) as null: os.dup2(null.fileno(), 0)
+                for fd in (1, 2): os.dup2(out.fileno(), fd)
+                n = execute(Path(path), set(flags.split()))
+                return print("not run (skip_exec)" if n < 0 else f"{n} cells kept as stored" if n else "ok")
+            status = os.waitpid(pid, 0)[1]
+            out.seek(0)
+            print(json.dumps([status, out.read()]), flush=True)
+
+
+class Runner:
+    "Runs notebooks one after the other, each in a process of its own, which begins with torch and Matplotlib imported and nothing else done."
+    def __init__(self):
+        # One thread and a fixed hash seed: sums and set orders, so stored outputs, do not depend on the machine.
+        env = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", **os.environ}
+        env.pop("IN_TEST", None)  # set by nbdev_test to shrink cells; stored outputs are of the full ones
+        self.process = subprocess.Popen([sys.executable, __file__, "--worker"], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, path, flags):
+        "Run `path`; returns whether it worked."
+        start = time.time()
+        self.process.stdin.write(json.dumps([str(path), flags]) + "\n")
+        self.process.stdin.flush()
+        status, said = json.loads(self.process.stdout.readline())
+        last = "FAILED" if status else (said.strip().splitlines() or [""])[-1]
+        print(f"{path.name:28} {time.time()-start:6.1f} s  {last}", flush=True)
+        if status: print(said, file=sys.stderr, flush=True)
+        return not status
+
+    def close(self): self.process.communicate()
+
+
+def run_all(paths, run, workers):
+    "The results of `run(runner, path)` for each path, by `workers` at the same time, each with a runner of its own."
+    free = queue.SimpleQueue()
+    def one(path):
+        runner = free.get()
+        try: return run(runner, path)
+        finally: free.put(runner)
+    runners = [Runner() for _ in range(min(workers, len(paths)))]
+    for r in runners: free.put(r)
+    try:
+        with ThreadPoolExecutor(len(runners)) as pool: return list(pool.map(one, paths))
+    finally:
+        for r in runners: r.close()
 
 
 def read_arguments(doc):
@@ -103,11 +146,9 @@ def read_arguments(doc):
 
 def main():
     args = read_arguments(__doc__)
-    if args.worker:
-        n = execute(Path(args.paths[0]), set(args.flags.split()))
-        return print("not run (skip_exec)" if n < 0 else f"{n} cells kept as stored" if n else "ok")
+    if args.worker: return serve()
     paths = find_notebooks(args.paths or [Path(__file__).resolve().parents[1]/"nbs"])
-    with ThreadPoolExecutor(args.workers) as pool: ok = list(pool.map(lambda p: run_one(p, args.flags), paths))
+    ok = run_all(paths, lambda runner, p: runner.run(p, args.flags), args.workers)
     failed = [p.name for p, good in zip(paths, ok) if not good]
     if failed: sys.exit("failed: " + " ".join(failed))
 
