@@ -1,8 +1,11 @@
 "What several test files share: how tests are spread over the cores, the site, built once, and a browser to read it in."
+import atexit
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -11,6 +14,7 @@ from functools import partial
 from html.parser import HTMLParser
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -94,6 +98,71 @@ def once(tmp_path_factory):
                 value.write_bytes(pickle.dumps(make(folder)))
         return pickle.loads(value.read_bytes())
     return get
+
+
+def began(fds, cwd, env, args):
+    "In the fork: what `python *args` does, with these files as stdin, stdout and stderr, in a session of its own."
+    os.setsid()
+    multiprocessing.current_process()._config["daemon"] = False   # it may start others
+    for fd, own in enumerate(fds): os.dup2(own.fileno(), fd)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(fd, mode, closefd=False) for fd, mode in enumerate("rww"))
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    sys.path[:0] = [p for p in env.get("PYTHONPATH", "").split(os.pathsep) if p]
+    sys.argv = [args[0], *args[2:]]
+    try:
+        if args[0] == "-c": exec(compile(args[1], "<string>", "exec"), {"__name__": "__main__"})
+        else: runpy.run_module(args[1], run_name="__main__", alter_sys=True)
+    finally: atexit._run_exitfuncs()
+
+
+class Python:
+    """`Python("-m", module, ...)` or `Python("-c", code)`: a process, with what tests use of `subprocess.Popen`.
+
+    It is forked from a server that has imported torch and what the package needs, and has done nothing else: a process of its own
+    in every respect that these tests look at, without the seconds of importing.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "torch.distributed.elastic.multiprocessing", "torch.distributed.launcher.api", "ddpm_nbdev.likelihood",
+                                    "ddpm_nbdev.pretrained", "ddpm_nbdev.plot", "ddpm_nbdev.train", "conftest"])
+
+    def __init__(self, *args, cwd=None, env=None, stderr=subprocess.PIPE):
+        pairs = [os.pipe() for _ in range(2 + (stderr != subprocess.STDOUT))]
+        theirs = [Connection(r if i == 0 else w, readable=i == 0, writable=i > 0) for i, (r, w) in enumerate(pairs)]
+        self.stdin, self.stdout, *more = (os.fdopen(w if i == 0 else r, "w" if i == 0 else "r") for i, (r, w) in enumerate(pairs))
+        self.stderr = more[0] if more else None
+        fds = theirs if more else [*theirs, theirs[1]]
+        self.process = self.context.Process(target=began, daemon=True,   # what hangs does not outlive pytest
+                                            args=(fds, str(cwd or os.getcwd()), dict(env or os.environ), [str(a) for a in args]))
+        self.process.start()
+        for c in theirs: c.close()
+        self.pid = self.process.pid
+
+    @property
+    def returncode(self): return self.process.exitcode
+
+    def poll(self): return self.process.exitcode
+
+    def send_signal(self, signum): os.kill(self.pid, signum)
+
+    def kill(self): self.process.kill()
+
+    def wait(self, timeout=None):
+        self.process.join(timeout)
+        if self.process.exitcode is None: raise subprocess.TimeoutExpired("python", timeout)
+        return self.process.exitcode
+
+    def communicate(self, timeout=None):
+        "The rest of stdout, and of stderr, when it has ended."
+        said = {}
+        def read(name, file): said[name] = file.read()
+        readers = [threading.Thread(target=read, args=(n, f), daemon=True) for n, f in (("out", self.stdout), ("err", self.stderr)) if f]
+        self.stdin.close()
+        for t in readers: t.start()
+        self.wait(timeout)
+        for t in readers: t.join(timeout)
+        return said["out"], said.get("err")
 
 
 class Page(HTMLParser):

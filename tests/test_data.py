@@ -7,7 +7,6 @@ import json
 import re
 import socket
 import struct
-import subprocess
 import sys
 import tarfile
 import threading
@@ -18,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import Python
 from PIL import Image
 
 import ddpm_nbdev
@@ -395,7 +395,7 @@ print('ready', flush=True)
 sys.stdin.readline()
 print(hashlib.md5(fetch('net', 'f', Path({str(cache)!r})).read_bytes()).hexdigest())
 """
-    return subprocess.Popen([sys.executable, "-c", code], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return Python("-c", code)
 
 
 def go(process):

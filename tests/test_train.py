@@ -3,8 +3,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 import traceback
 from dataclasses import asdict, replace
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.utils._python_dispatch
+from conftest import Python
 from safetensors.torch import load_file
 
 from ddpm_nbdev import machines
@@ -128,7 +127,7 @@ T.EMA.update = slow
 try: train(replace(TINY, steps={steps}), {str(out)!r}, progress=False{''.join(', '+a for a in args)})
 except KeyboardInterrupt as e: print(e); sys.exit(130)
 """
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Python("-c", code)
 
 
 def wait_for_step(process, n):
