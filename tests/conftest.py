@@ -125,7 +125,7 @@ class Python:
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed.elastic.multiprocessing", "torch.distributed.launcher.api", "ddpm_nbdev.likelihood",
-                                    "ddpm_nbdev.pretrained", "ddpm_nbdev.plot", "ddpm_nbdev.train", "conftest"])
+                                    "ddpm_nbdev.pretrained", "ddpm_nbdev.plot", "ddpm_nbdev.run", "conftest"])
 
     def __init__(self, *args, cwd=None, env=None, stderr=subprocess.PIPE):
         pairs = [os.pipe() for _ in range(2 + (stderr != subprocess.STDOUT))]
