@@ -109,7 +109,7 @@ def choose_steps(
         return ts, torch.ones(1, T, device=device)
     prob = 1/torch.arange(2, T+1, dtype=torch.float64)      # terms are large at small t
     prob = prob/prob.sum()
-    u = (torch.arange(k) + indexed_uniform(key, index, k))/k # one in each k-th
+    u = (torch.arange(k) + indexed_uniform(key, index, k))/k # one in each k-th part
     i = torch.searchsorted(prob.cumsum(0), u).clamp(max=T-2)
     one = torch.ones(len(index), 1)
     ts = torch.cat([one.long(), i+2], 1)

@@ -179,12 +179,12 @@ log_every checkpoint_every keep_last keep_every sample_every"""      # become op
 def ddpm_train(
     dataset:str,           # digits, fashion_mnist, cifar10, lsun:PATH or folder:PATH
     preset:str=None,       # settings by name (default: what goes with the dataset)
-    samples:int=None,      # images to draw at the end (default: 64, or fewer)
-    data_dir:str=None,     # where the dataset's files are (default: DDPM_DATA, or web)
+    samples:int=None,      # images drawn at the end (default: 64, fewer if slow)
+    data_dir:str=None,     # where its files are (default: $DDPM_DATA, or download)
     out:str=None,          # folder of the run (default: runs/ and the dataset's name)
     device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU if there)
     resume:bool=False,     # go on with the run in that folder
-    overwrite:bool=False,  # replace it, when the new one has its first checkpoint
+    overwrite:bool=False,  # replace that run when the new one has a checkpoint
     quiet:bool=False,      # print nothing but errors and what was not read
     **settings,            # fields of TrainConfig; not given: the preset's
 )->dict:                   # what is written to metrics.json
@@ -394,7 +394,7 @@ def ddpm_evaluate(
     curve_images:int=16,   # test images taken at every t, for the curve (default 16)
     seed:int=0,            # of the noise (default 0)
     precision:str='float32', # inside the network: float32 (default) or bfloat16
-    data_dir:str=None,     # where the dataset's files are (default: DDPM_DATA, or web)
+    data_dir:str=None,     # where its files are (default: $DDPM_DATA, or download)
     out:str=None,          # the JSON file (default: the run's, or a free name)
     device:str=None,       # cpu, cuda, cuda:1, ... (default: a GPU if there is one)
     quiet:bool=False,      # print nothing but errors

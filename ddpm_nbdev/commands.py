@@ -50,7 +50,7 @@ def _add_setting(
     else:
         group = parser.add_mutually_exclusive_group()
         for flag, value, text in ((_flag(name), True, comment),
-                                  (_flag('no_'+name), False, "the opposite")):
+                                  (_flag('no_'+name), False, f"not {_flag(name)}")):
             group.add_argument(flag, action='store_const', const=value, help=text, **kw)
 
 def _make_parser(

@@ -76,7 +76,7 @@ def gather_rows(
     most = int(max(sizes))
     parts = [x.new_zeros(most, *x.shape[1:]) for _ in range(n)]
     dist.all_gather(parts, torch.cat([x, x.new_zeros(most-len(x), *x.shape[1:])]))
-    return torch.cat([part[:int(size)] for part, size in zip(parts, sizes)])
+    return torch.cat([part[:int(rows)] for part, rows in zip(parts, sizes)])
 
 def any_process(
     flag:bool,  # of this process

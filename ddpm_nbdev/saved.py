@@ -78,9 +78,9 @@ def checkpoint_header(
     header = read_header(path)
     kind = header.get('format', '')
     if kind == json.dumps('ddpm_nbdev training 1'):
-        raise WeightsError(f"{path}: a checkpoint of version 0.1.0, which drew its "
-                           "noise in another way; its model.safetensors can still be "
-                           "used")
+        raise WeightsError(f"{path}: a checkpoint of an earlier development version, "
+                           "which drew its noise in another way; its "
+                           "model.safetensors can still be used")
     if kind != json.dumps(_CHECKPOINT):
         raise WeightsError(f"{path}: not a checkpoint of a training run")
     return {k: json.loads(v) for k, v in header.items()}

@@ -82,11 +82,12 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class TrainConfig:
-    "What to train, on what, and how. The defaults are the paper's for CIFAR-10."
+    """What to train, on what, and how. The numbers are the paper's for CIFAR-10; data,
+    network and dropout are the business of a preset."""
     dataset:str='digits'     # a name that `load_dataset` knows
     size:int|None=None       # side of the images in pixels, where there is a choice
     channels:int|None=None   # 1 or 3, where there is a choice
-    flip:bool|None=None      # mirror half of the images; None: as the dataset says
+    flip:bool|None=None      # mirror half of the images, as suits photographs
     T:int=1000               # steps of the diffusion (the paper: 1000)
     schedule:str='linear'    # 'linear', 'constant' or 'quadratic'
     schedule_args:dict=field(default_factory=dict) # its other arguments, such as beta_T
