@@ -46,6 +46,9 @@ WIDE = r"""() => {
     && !scrolls(e.parentElement)).map(e => e.outerHTML.slice(0, 100));
   return [root.scrollWidth, wide.slice(0, 5)];
 }"""
+# The longest line of code, and of what it prints, that is wider than its box.
+CUT = r"""() => [...document.querySelectorAll("main pre")].filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth)
+  .map(e => e.innerText.split("\n").reduce((a, b) => b.length > a.length ? b : a, ""))"""
 # What axe-core would do to thousands of colored words in code and of strokes in formulas takes minutes, and is the same for all of
 # a kind: one word of each color stays in code, strokes go, and contrast is measured once for each set of colors, size and weight.
 THIN = """() => {
@@ -86,6 +89,9 @@ def look(context, name, html=None):
         page.evaluate(OPEN)
         seen |= page.evaluate(LOOK)
         seen["at 1300"] = page.evaluate(WIDE)
+        page.set_viewport_size({"width": 1366, "height": 768})
+        page.evaluate(FRAME)
+        seen["code cut at 1366"] = page.evaluate(CUT)
         page.set_viewport_size({"width": 390, "height": 844})
         page.evaluate(FRAME)
         seen["at 390"] = page.evaluate(WIDE)
@@ -174,6 +180,12 @@ def test_nothing_is_wider_than_the_window(visit, name, width):
 
 
 @pytest.mark.parametrize("name", PAGES)
+def test_no_code_is_cut(visit, name):
+    "On the smallest usual laptop; a reader should not have to scroll a line to its end."
+    assert visit(name)["code cut at 1366"] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_accessible(visit, name, theme):
     "What axe-core calls serious or critical; in the dark, the contrast of colors."
@@ -187,6 +199,7 @@ TOY = r"""<!doctype html><html lang="en"><head><title>Toy</title><script>window.
 <p style="width: 500px">as wide as a desk</p> <p style="overflow: auto"><span style="display: block; width: 500px">in a box</span></p>
 <p style="color: #999; background: #fff">pale</p> <p style="color: #003b4f; background: #212121">dark on dark</p>
 <pre><code><span class="kw">for</span> <span class="kw">if</span> <span class="no" style="color: #ddd">pale code</span></code></pre>
+<pre style="width: 40px; overflow: auto"><code>cut code</code></pre>
 <span class="math display" style="display: block; overflow: auto; width: 50px">\[abcdefghijklmnopqrstuvwxyz\]</span>
 <img src="none.png" alt="a picture that is not there"> <img src="http://nowhere.invalid/far.png"> <input type="range">
 <script>console.warn("careful"); noSuchFunction()</script></main></body></html>"""
@@ -205,6 +218,7 @@ def test_faults_are_seen(toy, base):
     assert len(toy["wrong"]) == 2 and toy["tags"] == ["(99)"] and len(toy["cut"]) == 1 and toy["math"] == 6
     assert [i["width"] for i in toy["images"]] == [0, 0] and toy["images"][1]["alt"] == ""
     assert toy["at 1300"] == [1300, []] and toy["at 390"][0] > 390 and len(toy["at 390"][1]) == 1 and "a desk" in toy["at 390"][1][0]
+    assert toy["code cut at 1366"] == ["cut code"]
     for theme in ("light", "dark"):
         for bad in (">pale<", "dark on dark", ">pale code<"): assert any("color-contrast" in v and bad in v for v in toy[theme]), bad
     assert Counter(v.partition(":")[0] for v in toy["light"])["image-alt"] == 1 and any(v.startswith("label:") for v in toy["light"])
