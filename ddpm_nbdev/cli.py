@@ -8,7 +8,6 @@ __all__ = ['ddpm_train', 'find_model', 'ddpm_sample', 'ddpm_evaluate']
 # %% ../nbs/20_cli.ipynb #67f92688
 import os
 import shlex
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from .commands import _choose_device, command
+from .commands import _choose_device, _run_by_name, command
 from .data import Dataset, load_dataset
 from .ddpm import DDPM, draw_samples
 from .files import WeightsError, read_metrics, write_json, write_whole
@@ -30,8 +29,8 @@ from .quality import report
 from .run import (Interrupted, _can_show_progress, _check_folder, _restarted,
                             _resume_command, _save_curve, _save_samples, _settings_of_run,
                             only_writer, train)
-from .saved import checkpoint_header
-from .train import ConfigError, TrainConfig
+from .saved import checkpoint_header, current_weights
+from .train import ConfigError, TrainConfig, _changed
 from .train import preset as preset_settings
 
 # %% ../nbs/20_cli.ipynb #df9fa32e
@@ -65,7 +64,7 @@ def _plan_training(
     "Look at everything that may be wrong before anything is written."
     resume, overwrite = _restarted(out, resume, overwrite)
     _check_folder(out, resume, overwrite)
-    if resume: cfg = replace(_settings_of_run(out, dataset), **changes)
+    if resume: cfg = _changed(_settings_of_run(out, dataset), changes)
     else: cfg = _settings_for(dataset, preset, changes)
     old = (read_metrics(out/'metrics.json') or {}) if resume else {}
     checkpoint = out/'checkpoint.safetensors'
@@ -165,7 +164,8 @@ def _measure(plan, ddpm, samples, out, say, progress):
                'parameters': sum(p.numel() for p in ddpm.model.parameters()),
                'config': asdict(cfg)}
     if 'evaluation' not in plan.old: return drawn, metrics
-    if plan.finished: metrics['evaluation'] = plan.old['evaluation']  # the same weights
+    same = plan.finished and plan.old.get('config', {}).get('steps') == cfg.steps
+    if same: metrics['evaluation'] = plan.old['evaluation']          # of these weights
     else:
         again = shlex.join(['ddpm_evaluate', str(out)])
         say("note: what ddpm_evaluate measured was a shorter run, and is gone; "
@@ -178,6 +178,7 @@ log_every checkpoint_every keep_last keep_every sample_every"""      # become op
 @command(settings=TrainConfig, offered=_OFFERED, default="default: the preset's")
 def ddpm_train(
     dataset:str,           # digits, fashion_mnist, cifar10, lsun:PATH or folder:PATH
+    *,
     preset:str=None,       # settings by name (default: what goes with the dataset)
     samples:int=None,      # images drawn at the end (default: 64, fewer if slow)
     data_dir:str=None,     # where its files are (default: $DDPM_DATA, or download)
@@ -186,16 +187,15 @@ def ddpm_train(
     resume:bool=False,     # go on with the run in that folder
     overwrite:bool=False,  # replace that run when the new one has a checkpoint
     quiet:bool=False,      # print nothing but errors and what was not read
-    **settings,            # fields of TrainConfig; not given: the preset's
+    **settings,            # fields of TrainConfig; not given, or None: the preset's
 )->dict:                   # what is written to metrics.json
     """Train a diffusion model on a dataset, or on the PNG and JPEG files of a folder;
     write samples, weights and numbers to a folder. Presets: digits, folder,
     fashion_mnist, cifar10, celebahq256, lsun256, lsun256_large. Under torchrun, on many
     devices."""
-    if samples is not None and samples < 0:
+    settings = {k: v for k, v in settings.items() if v is not None}
+    if samples is not None and (not isinstance(samples, int) or samples < 0):
         raise ConfigError(f"samples must be at least 0, got {samples}")
-    if settings.get('size') is not None and settings['size'] < 1:
-        raise ConfigError(f"size must be at least 1, got {settings['size']}")
     if resume and preset:
         raise ConfigError("a run that goes on keeps its settings: "
                           "--preset and --resume exclude each other")
@@ -359,6 +359,12 @@ def _data_of(
                          f"{ddpm.levels} levels")
     return data
 
+def _weights_now(what):
+    "Something that changes when the weights of a run's folder do."
+    if not Path(what).is_dir(): return None
+    file = current_weights(what)
+    return (file, file.stat().st_mtime_ns) if file.exists() else None
+
 def _rmse(r): return 127.5*r.mse[1].sqrt().item()        # of x_0-hat at t = 1, 0..255
 
 def _table(what, found):
@@ -410,8 +416,8 @@ def ddpm_evaluate(
     path = Path(what)/'metrics.json' if Path(what).is_dir() else None
     path = Path(out) if out else path or _free_name(what, 'metrics', '.json')
     path.parent.mkdir(parents=True, exist_ok=True)
-    old = read_metrics(path)
-    if old is None:
+    weights = _weights_now(what)
+    if read_metrics(path) is None:
         raise ValueError(f"{path} is not a file of metrics: choose another --out")
     low = None if precision == 'float32' else PRECISIONS[precision]
     progress = rank() == 0 and not quiet and _can_show_progress()
@@ -425,7 +431,10 @@ def ddpm_evaluate(
     evaluation = _numbers(found, curve, T, exact, steps, seed)
     evaluation['seconds'] = round(time.perf_counter()-start, 1)
     if rank(): return evaluation
-    write_json(path, {**old, 'evaluation': evaluation})
+    if not out and _weights_now(what) != weights:
+        path = _free_name(what, 'metrics', '.json')
+        say(f"note: the run in {what} went on meanwhile; its metrics.json stays")
+    write_json(path, {**(read_metrics(path) or {}), 'evaluation': evaluation})
     say(f"\n{_table(what, found)}")
     late = int((rate_distortion(curve)['rate'] < curve.total/2).sum())
     say(f"half of the bits are received after {late} of {T} reverse steps "
@@ -434,17 +443,8 @@ def ddpm_evaluate(
     return evaluation
 
 # %% ../nbs/20_cli.ipynb #a35f6546
-def _main():
-    "Run a command by name."
-    commands = {'train': ddpm_train, 'sample': ddpm_sample, 'evaluate': ddpm_evaluate}
-    name = ''.join(sys.argv[1:2]).removeprefix('ddpm_')
-    if name not in commands:
-        print(f"usage: python -m ddpm_nbdev.cli {{{','.join(commands)}}} ... "
-              "(--help after one of them says more)", file=sys.stderr)
-        sys.exit(2)
-    sys.argv = sys.argv[1:]
-    commands[name]()
+_COMMANDS = {'train': ddpm_train, 'sample': ddpm_sample, 'evaluate': ddpm_evaluate}
 
 # %% ../nbs/20_cli.ipynb #06f44b9f
 #| eval: false
-if __name__ == '__main__': _main()
+if __name__ == '__main__': _run_by_name(_COMMANDS)

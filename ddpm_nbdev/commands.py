@@ -42,7 +42,8 @@ def _add_setting(
     plain = next(k for k in kinds if k is not types.NoneType)
     kw = dict(dest=name, default=argparse.SUPPRESS)
     if plain is not bool:
-        parser.add_argument(_flag(name), type=plain, help=f"{comment} ({default})",
+        said = comment if '(default: ' in comment else f"{comment} ({default})"
+        parser.add_argument(_flag(name), type=plain, help=said,
                             metavar=plain.__name__.upper(), **kw)
     elif len(kinds) == 1:
         parser.add_argument(_flag(name), action='store_const', const=True, help=comment,
@@ -124,6 +125,19 @@ def command(
         name = parser.prog if number == '0' else f"{parser.prog} (process {number})"
         _run(func, parser, name)
     return run
+
+# %% ../nbs/19a_commands.ipynb #deee9638
+def _run_by_name(
+    commands:dict, # by name
+):
+    "Run the command that the command line names; usage and status 2 if it names none."
+    name = ''.join(sys.argv[1:2]).removeprefix('ddpm_')
+    if name not in commands:
+        print(f"usage: python -m ddpm_nbdev.cli {{{','.join(commands)}}} ... "
+              "(--help after one of them says more)", file=sys.stderr)
+        sys.exit(2)
+    sys.argv = sys.argv[1:]
+    commands[name]()
 
 # %% ../nbs/19a_commands.ipynb #97f3a34a
 def _choose_device(

@@ -20,6 +20,7 @@ from torch import Tensor
 from .bound import choose_steps, _count_steps, prior_kl, vlb_terms
 from .decoder import (_check_levels, check_grid, discretized_gaussian_log_likelihood,
                                 to_uint8)
+from .files import WeightsError
 from .machines import eval_mode, gather_rows, my_share
 from .noise import indexed_noise, subseed
 from .objective import OBJECTIVES, training_losses
@@ -163,6 +164,7 @@ class DDPM:
         noise for each (image, t), whatever the batches, and x_0-hat clamped; with
         `steps` an unbiased estimate of it. ValueError for data off the grid, or if the
         network gives what is not finite."""
+        if len(x0) == 0: raise ValueError("there is no image to evaluate")
         check_grid(x0, self.levels)
         key = int(torch.randint(2**62, (1,), generator=generator))
         n, x0 = len(x0), x0.to(self.device)
@@ -201,7 +203,9 @@ class DDPM:
     )->'DDPM':
         "Read a DDPM; nothing in it can run code. WeightsError names file and reason."
         model, settings = load_model(path)
-        return cls(model, **settings).to(device)
+        try: return cls(model, **settings).to(device)
+        except (ValueError, TypeError) as e:
+            raise WeightsError(f"{path}: not a usable configuration ({e})") from e
 
     @classmethod
     def from_pretrained(cls,
@@ -222,6 +226,8 @@ def draw_samples(
 )->Tensor:                # uint8 `(n, c, h, w)` in 0..levels-1, on the CPU
     """Algorithm 2, n times, rounded to the gray levels of the data; each process draws
     its share, and all get the whole. ValueError if an image comes out not finite."""
+    for name, v, least in (('n', n, 0), ('batch_size', batch_size, 1)):
+        if v < least: raise ValueError(f"{name} must be at least {least}, got {v}")
     key, T, mine = subseed(seed, 2), ddpm.sched.T, my_share(n)
     parts = [torch.zeros(0, *ddpm.shape, dtype=torch.uint8)]
     for first in range(mine.start, mine.stop, batch_size):

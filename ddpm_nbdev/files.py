@@ -51,7 +51,8 @@ def read_json(
     "Read a JSON object. WeightsError if the file is missing or something else."
     path = Path(path)
     if not path.is_file(): raise WeightsError(f"{path}: no such file")
-    try: obj = json.loads(path.read_text(encoding='utf-8'))
+    def refuse(word): raise ValueError(f"{word} is not JSON")
+    try: obj = json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse)
     except ValueError as e: raise WeightsError(f"{path}: not JSON ({e})") from e
     except RecursionError as e: raise WeightsError(f"{path}: nested too deeply") from e
     if not isinstance(obj, dict):
@@ -103,10 +104,16 @@ def read_weights(
 )->dict[str,Tensor]: # name -> tensor, on the CPU
     "Read tensors. WeightsError if that cannot be done, or if one is not finite."
     with _open_weights(Path(path)) as f:
-        found = {k.removeprefix(prefix): f.get_tensor(k)
-                 for k in f.keys() if k.startswith(prefix)}
+        try: found = {k.removeprefix(prefix): f.get_tensor(k)
+                      for k in f.keys() if k.startswith(prefix)}
+        except (SafetensorError, RuntimeError) as e:
+            raise WeightsError(f"{path}: a tensor cannot be read ({e})") from e
     for k, v in found.items():
-        if v.is_floating_point() and not v.isfinite().all():
+        try: finite = not v.is_floating_point() or bool(v.isfinite().all())
+        except (RuntimeError, NotImplementedError) as e:
+            raise WeightsError(f"{path}: {prefix}{k} is of a type that is not used "
+                               f"here ({v.dtype})") from e
+        if not finite:
             raise WeightsError(f"{path}: {prefix}{k} has values that are not finite "
                                "(NaN or infinity), so the file is damaged or its "
                                "training diverged")
@@ -118,11 +125,18 @@ def load_weights(
     path:str|Path,            # where they came from, for the message
 ):
     "Fill a model, or say in a WeightsError which tensor does not fit."
-    want = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    own = model.state_dict()
+    want = {k: tuple(v.shape) for k, v in own.items()}
     have = {k: tuple(v.shape) for k, v in weights.items()}
     for k in sorted(want.keys() | have.keys()):
-        if want.get(k) == have.get(k): continue
-        got, need = have.get(k, 'missing'), want.get(k, 'no such tensor')
-        raise WeightsError(f"{path}: weights of another architecture: {k} has shape "
-                           f"{got}, the model needs {need}")
+        if want.get(k) != have.get(k):
+            got, need = have.get(k, 'missing'), want.get(k, 'no such tensor')
+            raise WeightsError(f"{path}: weights of another architecture: {k} has "
+                               f"shape {got}, the model needs {need}")
+        if own[k].is_floating_point() != weights[k].is_floating_point():
+            raise WeightsError(f"{path}: {k} has numbers of type {weights[k].dtype}, "
+                               f"the model needs {own[k].dtype}")
+        if not weights[k].to(own[k].dtype).isfinite().all():
+            raise WeightsError(f"{path}: {k} has numbers that are too large for "
+                               f"{own[k].dtype}")
     model.load_state_dict(weights)

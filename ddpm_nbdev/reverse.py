@@ -109,7 +109,7 @@ def p_mean_variance(
     mean_fn = choose(MEANS, 'mean', mean)
     variance_fn = choose(VARIANCES, 'variance', variance)
     out, raw = _split_output(model(xt, t), xt, variance)
-    clamp = (lambda x: x.clamp(-1, 1)) if clip else (lambda x: x)
+    clamp = (lambda x: x.clamp(-1, 1) + 0*x) if clip else (lambda x: x) # infinity: NaN
     mu, x0 = mean_fn(sched, xt, t, out, clamp)
     return PMeanVariance(mu, variance_fn(sched, xt, t, raw), x0)
 

@@ -193,12 +193,29 @@ def _save_samples(
     save_images(x, path, ncol, scale=max(1, 32//x.shape[-1]), levels=levels)
 
 # %% ../nbs/13a_run.ipynb #6dd237c9
-_HELD = set()       # folders that this process holds
+_HELD = {}          # folder -> (process, thread) of this process that holds it
+_LOCK, _WRITER = '.ddpm_lock', '.ddpm_writer'
 
-def _who_writes(path):
-    "Who holds the folder, as far as is known."
-    try: return (path/'.writer').read_text()
-    except OSError: return "another process"
+def _hold(path):
+    "A lock on an existing folder, or a ValueError that says who has it."
+    lock = FileLock(path/_LOCK, timeout=0, mode=0o666)
+    try: lock.acquire()
+    except Timeout:
+        try: who = (path/_WRITER).read_text()
+        except OSError: who = "another process"
+        raise ValueError(f"{path}: another run writes there ({who}): "
+                         "wait for its end, or choose another --out") from None
+    except PermissionError as e:
+        if not (path/_LOCK).exists(): raise
+        raise ValueError(f"{path}: the lock {_LOCK} there belongs to another user; "
+                         "if no run writes there, delete it") from e
+    return lock
+
+def _clear_rubbish(path):
+    "Remove what writers that died left half written, ten minutes ago or more."
+    for p in [*path.glob('*.tmp'), *path.glob('samples/*.tmp')]:
+        ours = re.search(r'\.[0-9a-f]{12}\.tmp$', p.name) and p.is_file()
+        if ours and time.time() - p.stat().st_mtime > 600: p.unlink(missing_ok=True)
 
 @contextmanager
 def only_writer(
@@ -206,34 +223,37 @@ def only_writer(
 ):
     """Hold a folder inside the block. ValueError, which says who, if another does.
     Of many processes the first holds it for all."""
-    path = Path(path)
-    key = path.resolve()
-    if rank() or key in _HELD:
+    key, me = Path(path).resolve(), (os.getpid(), threading.get_ident())
+    if rank() or _HELD.get(key) == me:
         yield
         return
-    made = [p for p in (path, *path.parents) if not p.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path/'.lock', timeout=0)
-    try: lock.acquire()
-    except Timeout:
-        raise ValueError(f"{path}: another run writes there ({_who_writes(path)}): "
-                         "wait for its end, or choose another --out") from None
+    made = [p for p in (key, *key.parents) if not p.exists()]
     try:
-        _HELD.add(key)
-        me = f"process {os.getpid()} on {socket.gethostname()}"
-        (path/'.writer').write_text(f"{me}, since {time.strftime('%F %T')}")
-        for p in [*path.glob('*.tmp'), *path.glob('samples/*.tmp')]:   # of dead writers
-            if re.search(r'\.[0-9a-f]{12}\.tmp$', p.name): p.unlink()
+        Path(path).mkdir(parents=True, exist_ok=True)
+        lock = _hold(Path(path))
+    except BaseException:
+        _remove_empty(made)
+        raise
+    try:
+        _HELD[key] = me
+        here = f"process {me[0]} on {socket.gethostname()}"
+        (key/_WRITER).write_text(f"{here}, since {time.strftime('%F %T')}")
+        _clear_rubbish(key)
         yield
     finally:
-        _HELD.discard(key)
-        for name in ('.writer', '.lock'):
-            try: (path/name).unlink(missing_ok=True)
-            except OSError: pass                        # Windows keeps what is open
-        lock.release()
-        for p in made:
-            try: p.rmdir()
-            except OSError: break                                      # it is in use
+        if os.getpid() == me[0]:                 # not in a child that was forked inside
+            del _HELD[key]
+            for name in (_WRITER, _LOCK):
+                try: (key/name).unlink(missing_ok=True)
+                except OSError: pass             # Windows keeps what is open
+            lock.release()
+            _remove_empty(made)
+
+def _remove_empty(folders):
+    "Remove folders, innermost first, as far as they are empty."
+    for p in folders:
+        try: p.rmdir()
+        except OSError: break
 
 # %% ../nbs/13a_run.ipynb #95170bf3
 class Interrupted(KeyboardInterrupt):
@@ -278,8 +298,9 @@ def train(
         batches = Batches(images, cfg.batch_size, cfg.seed, flip, data.levels)
         _check_shards(cfg, resume)
         with only_writer(out):
+            _check_folder(Path(out), resume, overwrite)
+            state = TrainState(cfg, data, device)       # before anything is written
             run = RunFolder(out, resume, overwrite)
-            state = TrainState(cfg, data, device)
             if resume: run.restore(state)
             _loop(run, state, batches, stop, progress)
             ddpm = state.averaged()
@@ -383,13 +404,20 @@ def _restarted(
     if run_id is None: return resume, overwrite
     mark, new_log = out/'.torchrun', out/'log.jsonl.new'
     again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
+    host, starter = socket.gethostname(), str(os.getppid())
+    def ours():
+        "Is the mark of this job: its name, and on this machine its torchrun?"
+        if not mark.exists(): return False
+        name, *where = mark.read_text().split('\n')
+        same_start = again and (where[:1] != [host] or where[1:] == [starter])
+        return name == run_id and (same_start or run_id != 'none')
     if rank(): resume = overwrite = False                    # process 0 decides for all
-    elif mark.exists() and (again or run_id != 'none' and mark.read_text() == run_id):
+    elif ours():
         resume = (out/'checkpoint.safetensors').exists() and not new_log.exists()
         overwrite = not resume
     else:
         mark.unlink(missing_ok=True)                          # of an earlier start
         _check_folder(out, resume, overwrite)
         if resume: new_log.unlink(missing_ok=True)           # of a dead run's overwrite
-        mark.write_text(run_id)
+        mark.write_text('\n'.join([run_id, host, starter]))
     return any_process(resume), any_process(overwrite)

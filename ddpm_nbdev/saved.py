@@ -70,6 +70,7 @@ def save_model(
 
 # %% ../nbs/09b_saved.ipynb #01be984e
 _CHECKPOINT = 'ddpm_nbdev training 2'  # the kind of file, and its version
+_IN_HEADER = {'format', 'step', 'seconds', 'data', 'config', 'ddpm'}
 
 def checkpoint_header(
     path:str|Path, # written by a training run
@@ -83,7 +84,12 @@ def checkpoint_header(
                            "model.safetensors can still be used")
     if kind != json.dumps(_CHECKPOINT):
         raise WeightsError(f"{path}: not a checkpoint of a training run")
-    return {k: json.loads(v) for k, v in header.items()}
+    try: header = {k: json.loads(v) for k, v in header.items()}
+    except (ValueError, RecursionError) as e:
+        raise WeightsError(f"{path}: a damaged header ({e})") from e
+    if missing := _IN_HEADER - header.keys():
+        raise WeightsError(f"{path}: a damaged header, it lacks {min(missing)}")
+    return header
 
 def read_checkpoint(
     path:str|Path,               # written by a training run
@@ -96,41 +102,44 @@ def read_checkpoint(
 def current_weights(
     path:str|Path, # a folder of a model or a run, or one checkpoint
 )->Path:           # a checkpoint or a model.safetensors
-    "The file with the current weights: the model's, or those of a checkpoint ahead."
+    "The file with the current weights: the model's, or those of another step."
     path = Path(path)
     if path.is_file(): return path
     model, checkpoint = path/'model.safetensors', path/'checkpoint.safetensors'
     if not checkpoint.exists(): return model
     if not model.exists() or not (path/'config.json').exists(): return checkpoint
     step = read_header(model).get('step')
-    if step is None: return model
-    try: same = step == str(checkpoint_header(checkpoint)['step'])
-    except WeightsError: same = True     # a damaged checkpoint does not spoil the model
-    return model if same else checkpoint
+    try: now = str(checkpoint_header(checkpoint)['step'])
+    except WeightsError: return model    # a damaged checkpoint does not spoil the model
+    if step is None: newer = checkpoint.stat().st_mtime > model.stat().st_mtime
+    else: newer = step != now
+    return checkpoint if newer else model
 
 # %% ../nbs/09b_saved.ipynb #ffe12077
+_MISFITS = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError,
+            RuntimeError)                    # what nonsense in a description may raise
+
 def load_model(
     path:str|Path,     # a folder of a model or a run, or one checkpoint
     part:str='ema.',   # of a checkpoint: the average; 'model.': the weights that train
 )->tuple:              # the network in eval mode, and its settings, as for `DDPM`
     "Build a model from files. WeightsError, which says what is wrong with which file."
     path = Path(path)
-    file = current_weights(path)
+    source = file = current_weights(path)
     if file.name != 'model.safetensors':
         tensors, header = read_checkpoint(file, part)
-        model, settings = _from_description(header['ddpm'])
+        description = header['ddpm']
     else:
         source = path/'config.json' if path.is_dir() else file.with_name('config.json')
         if not source.is_file():
             raise WeightsError(f"{path}: no config.json there, "
                                "so this is not a saved model")
-        try: model, settings = _from_description(read_json(source))
-        except WeightsError: raise
-        except (ValueError, KeyError, TypeError) as e:
-            why = f"{type(e).__name__}: {e}"
-            raise WeightsError(f"{source}: not a usable configuration ({why})") from e
-        tensors = read_weights(file)
-    load_weights(model, tensors, file)
+        description, tensors = read_json(source), None
+    try: model, settings = _from_description(description)
+    except _MISFITS as e:
+        why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        raise WeightsError(f"{source}: not a usable configuration ({why})") from e
+    load_weights(model, read_weights(file) if tensors is None else tensors, file)
     return model.eval(), settings
 
 def _shipped(

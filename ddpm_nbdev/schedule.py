@@ -54,10 +54,13 @@ class NoiseSchedule:
         power:float=1, # larger: more of them at small t
     )->list[int]:      # steps from `first` to T, ascending
         "Steps for a picture, so that the noise grows evenly from one to the next."
-        angle = self.alpha_bar.sqrt().acos().cpu().numpy()   # signal cos, noise sin
-        lo, hi = angle[first], angle[-1]
-        wanted = np.minimum(lo + (hi-lo)*np.linspace(0, 1, n)**power, hi)
-        return np.unique(np.searchsorted(angle, wanted)).tolist()
+        if n < 2 or not 0 <= first < self.T:
+            raise ValueError(f"at least 2 moments from 0..{self.T-1} on are needed, "
+                             f"got n={n}, first={first}")
+        angle = self.alpha_bar[first:].sqrt().acos().cpu().numpy() # its cos: the signal
+        wanted = angle[0] + (angle[-1]-angle[0])*np.linspace(0, 1, n)**power
+        found = np.searchsorted(angle, wanted[1:-1]).clip(max=self.T-first)
+        return np.unique([first, *(first+found), self.T]).tolist()
 
     def to(self,
         device,  # where the tables should live

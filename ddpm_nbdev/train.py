@@ -12,7 +12,7 @@ import json
 import math
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import safetensors.torch
@@ -85,7 +85,7 @@ class TrainConfig:
     """What to train, on what, and how. The numbers are the paper's for CIFAR-10; data,
     network and dropout are the business of a preset."""
     dataset:str='digits'     # a name that `load_dataset` knows
-    size:int|None=None       # side of the images in pixels, where there is a choice
+    size:int|None=None       # side of the images in pixels (default: the data's)
     channels:int|None=None   # 1 or 3, where there is a choice
     flip:bool|None=None      # mirror half of the images, as suits photographs
     T:int=1000               # steps of the diffusion (the paper: 1000)
@@ -103,7 +103,7 @@ class TrainConfig:
     warmup:int=5000          # updates in which the learning rate rises from 0
     grad_clip:float=1.       # longest gradient allowed (global norm)
     clip:str='batch'         # clip the gradient of the 'batch', or of each 'shard'
-    shards:int=1             # equal parts that a batch is computed in
+    shards:int=1             # parts a batch is computed in (default: one per process)
     precision:str='float32'  # inside the network: float32, or bfloat16 (if made for it)
     compile:bool=False       # let torch.compile make faster code (for GPUs)
     ema_decay:float=.9999    # of the average of the weights
@@ -133,13 +133,18 @@ def _check_settings(cfg):
     need('seed', whole(0, 2**32), "a whole number from 0 to 2**32-1")
     if cfg.flip not in (None, True, False):
         raise ConfigError(f"flip must be True, False or None, got {cfg.flip!r}")
+    for n in ('compile', 'ema_warmup'):
+        if not isinstance(v := getattr(cfg, n), bool):
+            raise ConfigError(f"{n} must be True or False, got {v!r}")
+    for n in ('size', 'channels'):
+        if getattr(cfg, n) is not None: need(n, whole(1), "a whole number, at least 1")
     need('lr grad_clip', lambda v: 0 < v < math.inf, "a positive number")
     need('dropout ema_decay', lambda v: 0 <= v < 1, "at least 0 and below 1")
     tables = dict(mean=MEANS, variance=VARIANCES, objective=OBJECTIVES,
                   model=ARCHITECTURES, schedule=SCHEDULES, clip=('batch', 'shard'),
                   precision=PRECISIONS)
     for n, table in tables.items():
-        if (v := getattr(cfg, n)) not in table:
+        if not isinstance(v := getattr(cfg, n), str) or v not in table:
             raise ConfigError(f"unknown {n} {v!r}; known: {', '.join(table)}")
     if cfg.batch_size % cfg.shards:
         raise ConfigError(f"a batch of {cfg.batch_size} cannot be cut into "
@@ -186,9 +191,12 @@ def build_ddpm(
     cfg:TrainConfig, # the settings
     data:Dataset,    # for the shape of the images and their gray levels
 )->DDPM:             # with fresh weights
-    "The network, the schedule and the choices between them."
+    "Network, schedule and choices. ConfigError if the network does not fit the data."
     sched = SCHEDULES[cfg.schedule](T=cfg.T, **cfg.schedule_args)
-    model = _build_model(cfg, data.shape)
+    try: model = _build_model(cfg, data.shape)
+    except (ValueError, TypeError, AttributeError, RuntimeError, ArithmeticError) as e:
+        raise ConfigError(f"model {cfg.model!r} with {cfg.model_args} does not fit "
+                          f"images {data.shape}: {e}") from e
     return DDPM(model, sched, data.shape, cfg.mean, cfg.variance, cfg.objective,
                 data.levels)
 
@@ -219,6 +227,17 @@ PRESETS = {
         **_IMAGE256 | dict(model_args=_UNET256 | dict(ch=192))),
 }
 
+def _changed(
+    cfg:TrainConfig, # settings
+    changes:dict,    # other values for some of them
+)->TrainConfig:
+    "The settings with changes. ConfigError for a name that is none."
+    known = [f.name for f in fields(TrainConfig)]
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}; known: {', '.join(known)}")
+    return replace(cfg, **changes)
+
 def preset(
     dataset:str,        # a name that `load_dataset` knows
     name:str|None=None, # of the settings; None: those that go with the dataset
@@ -230,7 +249,7 @@ def preset(
     name = name or own
     if name not in PRESETS:
         raise ConfigError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
-    return replace(PRESETS[name], dataset=dataset, **changes)
+    return _changed(PRESETS[name], {'dataset': dataset} | changes)
 
 # %% ../nbs/13_train.ipynb #c05eb2a2
 def example_noise(

@@ -395,6 +395,50 @@ def test_a_second_run_into_one_folder_is_refused(call, here):
     assert [r["step"] for r in read_log(here/"run")] == list(range(1, 401))
 
 
+def test_a_network_that_overflows_is_an_error(call, run, here):
+    "Its weights are finite; the clamp would hide what it gives."
+    weights = load_file(run/"model.safetensors")
+    for k in ("conv_out.weight", "conv_out.bias"): weights[k].fill_(3.4e38)
+    save_file(weights, run/"model.safetensors", {"step": "4"})
+    failed(call(ddpm_sample, run, "--n", 1), 1, "not finite")
+    failed(call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1), 1, "not finite")
+
+
+@pytest.mark.parametrize("change, said", [({"step": None}, "lacks step"), ({"ddpm": "{"}, "damaged header"), ({"ddpm": "[" * 100_000}, "damaged header"), ({"ddpm": "5"}, "not a usable configuration")])
+def test_damaged_headers_are_one_line(change, said, call, run):
+    (run/"model.safetensors").unlink()
+    with open(run/"checkpoint.safetensors", "rb") as f: head = json.loads(f.read(int.from_bytes(f.read(8), "little")))["__metadata__"]
+    head = {k: v for k, v in (head | change).items() if v is not None}
+    save_file(load_file(run/"checkpoint.safetensors"), run/"checkpoint.safetensors", head)
+    failed(call(ddpm_sample, run, "--n", 1), 1, "checkpoint.safetensors", said)
+
+
+def test_an_evaluation_does_not_undo_a_training(call, here, run, monkeypatch):
+    "The run went on while it was evaluated: its numbers stay, and the evaluation goes to a file of its own."
+    real = cli.evaluate_bits_per_dim
+    def slow(*args, **kw):
+        if not (here/"later").exists():
+            (here/"later").write_text("")
+            ddpm_train("digits", steps=6, out=str(run), resume=True, quiet=True)
+        return real(*args, **kw)
+    monkeypatch.setattr(cli, "evaluate_bits_per_dim", slow)
+    status, out, _ = call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1)
+    metrics = json.loads((run/"metrics.json").read_text())
+    assert status == 0 and "went on meanwhile" in out and metrics["config"]["steps"] == 6 and "evaluation" not in metrics
+    assert evaluated(here/"run_metrics.json")["test"]["n"] == 2
+
+
+def test_settings_from_python(here):
+    "None is as good as not given; what is not known is named."
+    metrics = ddpm_train("digits", T=4, steps=1, batch_size=4, seed=None, precision=None, samples=0, quiet=True)
+    assert metrics["config"]["seed"] == 0 and metrics["config"]["precision"] == "float32"
+    for wrong, said in ((dict(foo=1), "unknown setting 'foo'; known: dataset, size"), (dict(size="8"), "size must be"), (dict(samples=2.5), "samples must be"),
+                        (dict(compile="no"), "compile must be True or False"), (dict(mean=[]), "unknown mean"), (dict(model_args={"foo": 1}), "does not fit")):
+        with pytest.raises(ValueError, match=said): ddpm_train("digits", out="x", quiet=True, **wrong)
+    with pytest.raises(TypeError): ddpm_train("digits", None, 4, 1)
+    assert not (here/"x").exists()
+
+
 def test_old_style_pickle_is_not_run(call, run):
     class Bomb:
         def __reduce__(self): return (open, (str(run/"bomb went off"), "w"))

@@ -3,6 +3,7 @@ import json
 import math
 import os
 import signal
+import threading
 import time
 import traceback
 from dataclasses import asdict, replace
@@ -12,7 +13,7 @@ import pytest
 import torch
 import torch.utils._python_dispatch
 from conftest import Python
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ddpm_nbdev import machines
 from ddpm_nbdev import train as T
@@ -309,7 +310,7 @@ def test_one_writer(tmp_path, data):
     p.send_signal(signal.SIGKILL)                                    # a dead one holds nothing
     p.wait()
     train(replace(TINY, seed=5), out, overwrite=True, data=data)
-    assert not {".lock", ".writer"} & {f.name for f in out.iterdir()}
+    assert not {".ddpm_lock", ".ddpm_writer"} & {f.name for f in out.iterdir()}
 
 
 def test_many_runs_at_once_leave_one_whole_run(tmp_path):
@@ -323,7 +324,7 @@ print('ready', flush=True); sys.stdin.readline()
 try: train(TINY, {str(tmp_path/"run")!r}, progress=False)
 except ValueError as e: print(e); sys.exit(1)
 """
-    ps = [subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(6)]
+    ps = [Python("-c", code) for _ in range(6)]
     for p in ps: assert p.stdout.readline() == "ready\n"
     for p in ps: p.stdin.write("\n"), p.stdin.flush()
     said = [p.communicate() for p in ps]
@@ -336,7 +337,7 @@ except ValueError as e: print(e); sys.exit(1)
 def test_a_folder_that_stays_empty_is_gone_again(tmp_path):
     with pytest.raises(RuntimeError):
         with only_writer(tmp_path/"a"/"b"):
-            assert (tmp_path/"a"/"b"/".writer").exists()
+            assert (tmp_path/"a"/"b"/".ddpm_writer").exists()
             with only_writer(tmp_path/"a"/"b"): pass                 # it is ours already
             raise RuntimeError
     assert not list(tmp_path.iterdir())
@@ -344,12 +345,33 @@ def test_a_folder_that_stays_empty_is_gone_again(tmp_path):
     assert [p.name for p in (tmp_path/"a"/"b").iterdir()] == ["x"]
 
 
+def test_threads_and_forks_are_others(tmp_path):
+    "A second thread is refused like a second process, and a forked child does not give the lock away."
+    said = []
+    def second():
+        try:
+            with only_writer(tmp_path): said.append("in")
+        except ValueError as e: said.append(str(e))
+    with only_writer(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start(); thread.join()
+        pid = os.fork()
+        if not pid:
+            try:
+                with only_writer(tmp_path): os._exit(1)
+            except ValueError: os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0 and (tmp_path/".ddpm_lock").exists()
+    assert "another run writes there" in said[0] and not list(tmp_path.iterdir())
+
+
 def test_what_dead_writers_left_is_cleared(tmp_path, data):
     (tmp_path/"samples").mkdir()
     rubbish = [tmp_path/"checkpoint.safetensors.0123456789ab.tmp", tmp_path/"samples/000005.png.0123456789ab.tmp"]
-    for p in [*rubbish, tmp_path/"mine.tmp"]: p.write_text("half")
+    alive = tmp_path/"metrics.json.0123456789ab.tmp"
+    for p in [*rubbish, tmp_path/"mine.tmp", alive]: p.write_text("half")
+    for p in [*rubbish, tmp_path/"mine.tmp"]: os.utime(p, (time.time()-3600,)*2)
     train(replace(TINY, steps=6), tmp_path, data=data)
-    assert not any(p.exists() for p in rubbish) and (tmp_path/"mine.tmp").exists()
+    assert not any(p.exists() for p in rubbish) and (tmp_path/"mine.tmp").exists() and alive.exists()
 
 
 def test_stale_weights_are_not_used(tmp_path, data, monkeypatch):
@@ -366,6 +388,10 @@ def test_stale_weights_are_not_used(tmp_path, data, monkeypatch):
     stale = load_file(tmp_path/"model.safetensors")
     assert read_checkpoint(tmp_path/"checkpoint.safetensors")[1]["step"] == 18
     assert same(now, average) and not same(now, stale)
+    save_file(stale, tmp_path/"model.safetensors")                       # one that does not say its step, and later
+    assert same(DDPM.load(tmp_path).model.state_dict(), stale)
+    os.utime(tmp_path/"model.safetensors", (1, 1))                       # or earlier: of an older version
+    assert same(DDPM.load(tmp_path).model.state_dict(), average)
 
 
 def test_a_resume_reads_the_checkpoint_once(tmp_path, data, monkeypatch):
@@ -555,7 +581,6 @@ def test_checkpoints_that_stay(keep_last, keep_every, steps, whole, data, tmp_pa
 
 
 def test_old_checkpoints_are_refused_in_words(tmp_path):
-    from safetensors.torch import save_file
     save_file({"x": torch.zeros(1)}, tmp_path/"checkpoint.safetensors", {"format": json.dumps("ddpm_nbdev training 1")})
     with pytest.raises(WeightsError, match="a checkpoint of an earlier development version.*model.safetensors can still be used"): load_checkpoint(tmp_path)
 
