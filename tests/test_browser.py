@@ -245,6 +245,17 @@ def test_sidebar_and_neighbors_lead_on(tab):
     tab.wait_for_url("**/posterior.html")
 
 
+@pytest.mark.parametrize("name", ["schedule.html", "run.html"])
+def test_sidebar_shows_where_one_is(tab, name):
+    "The first entries and the last ones are screens apart."
+    tab.goto(f"/{name}")
+    settled(tab)
+    tab.wait_for_function("""() => {
+      const [bar, here] = [document.getElementById("quarto-sidebar"), document.querySelector("#quarto-sidebar .active")].map(e => e.getBoundingClientRect());
+      return here.top >= bar.top && here.bottom <= Math.min(bar.bottom, innerHeight);
+    }""")
+
+
 def test_sections_of_the_sidebar_fold_by_key(tab):
     tab.goto("/index.html")
     section, entry = tab.locator("#quarto-sidebar >> text=The argument"), tab.locator("#quarto-sidebar >> text=1 The noise schedule")
