@@ -181,9 +181,9 @@ def ddpm_train(
     *,
     preset:str=None,       # settings by name (default: what goes with the dataset)
     samples:int=None,      # images drawn at the end (default: 64, fewer if slow)
-    data_dir:str=None,     # where its files are (default: $DDPM_DATA, or download)
+    data_dir:str=None,     # folder of the dataset (default: $DDPM_DATA, or download)
     out:str=None,          # folder of the run (default: runs/ and the dataset's name)
-    device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU if there)
+    device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU, if any)
     resume:bool=False,     # go on with the run in that folder
     overwrite:bool=False,  # replace that run when the new one has a checkpoint
     quiet:bool=False,      # print nothing but errors and what was not read
@@ -400,7 +400,7 @@ def ddpm_evaluate(
     curve_images:int=16,   # test images taken at every t, for the curve (default 16)
     seed:int=0,            # of the noise (default 0)
     precision:str='float32', # inside the network: float32 (default) or bfloat16
-    data_dir:str=None,     # where its files are (default: $DDPM_DATA, or download)
+    data_dir:str=None,     # folder of the dataset (default: $DDPM_DATA, or download)
     out:str=None,          # the JSON file (default: the run's, or a free name)
     device:str=None,       # cpu, cuda, cuda:1, ... (default: a GPU if there is one)
     quiet:bool=False,      # print nothing but errors

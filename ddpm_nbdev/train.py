@@ -85,7 +85,7 @@ class TrainConfig:
     """What to train, on what, and how. The numbers are the paper's for CIFAR-10; data,
     network and dropout are the business of a preset."""
     dataset:str='digits'     # a name that `load_dataset` knows
-    size:int|None=None       # side of the images in pixels (default: the data's)
+    size:int|None=None       # side of the images (default: theirs, of a folder <= 32)
     channels:int|None=None   # 1 or 3, where there is a choice
     flip:bool|None=None      # mirror half of the images, as suits photographs
     T:int=1000               # steps of the diffusion (the paper: 1000)
@@ -104,7 +104,7 @@ class TrainConfig:
     grad_clip:float=1.       # longest gradient allowed (global norm)
     clip:str='batch'         # clip the gradient of the 'batch', or of each 'shard'
     shards:int=1             # parts a batch is computed in (default: one per process)
-    precision:str='float32'  # inside the network: float32, or bfloat16 (if made for it)
+    precision:str='float32'  # inside the network: float32 or bfloat16
     compile:bool=False       # let torch.compile make faster code (for GPUs)
     ema_decay:float=.9999    # of the average of the weights
     ema_warmup:bool=False    # begin with a shorter average (for short runs)
