@@ -102,7 +102,8 @@ def choose_steps(
     T:int,         # number of steps
     k:int|None,    # random steps per image besides t = 1; None takes every step once
 )->tuple[Tensor,Tensor]: # `(n, k+1)` each, or `(1, T)` if all images share them
-    "Steps, and weights of their terms for an unbiased sum; t = 1 first, with weight 1."
+    """Steps, and weights of their terms for an unbiased sum; t = 1 first, of weight 1.
+    ValueError for k < 1."""
     device = index.device
     if _count_steps(T, k) == T:
         ts = torch.arange(1, T+1, device=device)[None]

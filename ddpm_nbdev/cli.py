@@ -211,7 +211,7 @@ def ddpm_train(
         _announce(plan, dataset, out, say)
         ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
                      progress=not quiet, data=plan.data)
-        progress = rank() == 0 and not quiet and _can_show_progress()
+        progress = not quiet and _can_show_progress()
         drawn, metrics = _measure(plan, ddpm, samples, out, say, progress)
         if rank(): return metrics
         if len(drawn): _save_samples(drawn, out/'samples.png', plan.data.levels)
@@ -301,7 +301,7 @@ def ddpm_sample(
     precision:str='float32', # float32 (default), or bfloat16 (for hardware made for it)
     out:str=None,          # a .png, or .safetensors (default: a free name here)
     overwrite:bool=False,  # replace the file if it exists
-    device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU if there)
+    device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU, if any)
     quiet:bool=False,      # print nothing but errors
 )->Path:                   # the file
     """Draw images from a trained model: the folder of a run, one of its checkpoints, a
@@ -322,7 +322,7 @@ def ddpm_sample(
     shown, start = [], time.perf_counter()
     watch = lambda t, x: shown.append(x[:8].cpu()) if t in moments else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    progress = rank() == 0 and not quiet and _can_show_progress()
+    progress = not quiet and _can_show_progress()
     samples = draw_samples(ddpm, n, seed, batch_size, progress, watch)
     if rank(): return out
     if out.suffix.lower() == '.png': _save_samples(samples, out, ddpm.levels)
@@ -365,7 +365,7 @@ def _weights_now(what):
     file = current_weights(what)
     return (file, file.stat().st_mtime_ns) if file.exists() else None
 
-def _rmse(r): return 127.5*r.mse[1].sqrt().item()        # of x_0-hat at t = 1, 0..255
+def _rmse(r:Likelihood): return 127.5*r.mse[1].sqrt().item()  # x_0-hat at t = 1, 0..255
 
 def _table(what, found):
     "Bits/dim in the sense of Table 1, rate and distortion in that of section 4.3."
@@ -402,7 +402,7 @@ def ddpm_evaluate(
     precision:str='float32', # inside the network: float32 (default) or bfloat16
     data_dir:str=None,     # folder of the dataset (default: $DDPM_DATA, or download)
     out:str=None,          # the JSON file (default: the run's, or a free name)
-    device:str=None,       # cpu, cuda, cuda:1, ... (default: a GPU if there is one)
+    device:str=None,       # cpu, cuda, cuda:1, ... (default: a GPU, if any)
     quiet:bool=False,      # print nothing but errors
 )->dict:                   # what was added to the file, under 'evaluation'
     """Measure bits/dim, rate and distortion of a trained model, such as `ddpm_sample`
@@ -420,7 +420,7 @@ def ddpm_evaluate(
     if read_metrics(path) is None:
         raise ValueError(f"{path} is not a file of metrics: choose another --out")
     low = None if precision == 'float32' else PRECISIONS[precision]
-    progress = rank() == 0 and not quiet and _can_show_progress()
+    progress = not quiet and _can_show_progress()
     def measure(x, k):
         return evaluate_bits_per_dim(ddpm, x, torch.Generator().manual_seed(seed), k,
                                      autocast=low, progress=progress)

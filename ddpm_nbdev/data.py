@@ -21,7 +21,7 @@ from .decoder import to_model_range
 from .formats import (read_cifar10, read_fashion_mnist, read_folder,
                                 read_lsun)
 from .machines import to_device
-from .noise import indexed_noise
+from .noise import indexed_uniform
 
 # %% ../nbs/12_data.ipynb #a5894cd3
 @dataclass(frozen=True, eq=False)
@@ -103,8 +103,7 @@ def _coins(
     place:Tensor,  # which examples of the run, `(b,)` int64
 )->Tensor:         # `(b,)` bool
     "A fair coin for each example, a pure function of (seed, place)."
-    like = torch.empty(len(place), device=place.device)
-    return indexed_noise(seed, place, torch.zeros_like(place), like) < 0
+    return indexed_uniform(seed, place)[:, 0] < .5
 
 def _mirror(
     chosen:Tensor, # `(b,)` bool

@@ -95,12 +95,10 @@ class DDPM:
         noise:Callable|None=None,            # (t, x_t) -> z; None: from `generator`
         start:int|None=None,                 # `xT` is x_start, 0..T; None means T
     )->Iterator[tuple[int,Tensor,Tensor]]:   # (t, x_{t-1}, x_0-hat), t = start..1
-        "Algorithm 2, step by step. ValueError for a start below T without its x_t."
-        T = self.sched.T
-        if start is not None and not 0 <= start <= T:
-            raise ValueError(f"start must be from 0 to {T}, got {start}")
+        """Algorithm 2, step by step. ValueError for a start not in 0..T, or below T
+        without its x_t."""
         if xT is None:
-            if start not in (None, T):
+            if start not in (None, self.sched.T):
                 raise ValueError(f"a chain that starts at t = {start} needs its x_t, "
                                  "as xT=...")
             xT = torch.randn(n, *self.shape, generator=generator, device=self.device)

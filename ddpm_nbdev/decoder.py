@@ -22,7 +22,7 @@ def to_model_range(
     x:Tensor,        # integers 0..levels-1, any shape
     levels:int=256,  # number of gray levels
 )->Tensor:           # float32 in [-1, 1]
-    "Scale gray levels linearly to [-1, 1] (§3.3)."
+    "Scale gray levels linearly to [-1, 1] (§3.3). ValueError if they are none."
     _check_levels(levels)
     if x.is_floating_point():
         raise ValueError(f"expected integer gray levels 0..{levels-1}, got {x.dtype}; "
@@ -69,8 +69,8 @@ def check_grid(
     x0:Tensor,       # images in [-1, 1], any shape
     levels:int=256,  # number of gray levels
 ):
-    """Raise unless every value is a gray level scaled by `to_model_range`: else eq. 13
-    would be the likelihood of other data."""
+    """ValueError unless every value is a gray level scaled by `to_model_range`: else
+    eq. 13 would be the likelihood of other data."""
     level = (x0.float()+1)/2*(levels-1)
     off = (level - level.round().clamp(0, levels-1)).abs().max()
     if not off <= .05:

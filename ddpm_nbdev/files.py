@@ -130,9 +130,10 @@ def load_weights(
     have = {k: tuple(v.shape) for k, v in weights.items()}
     for k in sorted(want.keys() | have.keys()):
         if want.get(k) != have.get(k):
-            got, need = have.get(k, 'missing'), want.get(k, 'no such tensor')
-            raise WeightsError(f"{path}: weights of another architecture: {k} has "
-                               f"shape {got}, the model needs {need}")
+            got = f"has shape {have[k]}" if k in have else "is missing"
+            need = f"needs shape {want[k]}" if k in want else "has no such tensor"
+            raise WeightsError(f"{path}: weights of another architecture: {k} {got}, "
+                               f"the model {need}")
         if own[k].is_floating_point() != weights[k].is_floating_point():
             raise WeightsError(f"{path}: {k} has numbers of type {weights[k].dtype}, "
                                f"the model needs {own[k].dtype}")

@@ -182,7 +182,8 @@ def read_folder(
     channels:int|None=None, # 1 or 3; None: 1 if all images are gray
 )->tuple[Tensor,Tensor]:    # training and test images, uint8 `(n, c, size, size)`
     """PNG and JPEG images from a folder, cropped to the middle square and resized;
-    without `size`, the smallest image's side is rounded down to a multiple of 4."""
+    without `size`, the smallest image's side is rounded down to a multiple of 4.
+    ValueError names what cannot be read."""
     folder = Path(path).expanduser()
     if not folder.is_dir(): raise ValueError(f"no such folder: {folder}")
     train, test = _split_images(folder)
@@ -286,7 +287,7 @@ def _read_tar(
     return found
 
 def read_cifar10(
-    data_dir:str|Path|None=None, # archive or folder, as above; None: download
+    data_dir:str|Path|None=None, # the .tar.gz or a folder of its files; None: download
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # images and classes to train on, then to test on
     """CIFAR-10 in the order of its binary files: uint8 `(n, 3, 32, 32)`, int64 `(n,)`.
     Raises ValueError if the files are missing or damaged."""
@@ -350,7 +351,7 @@ def _find_fashion_mnist(data_dir:str|Path|None)->dict[str,Path]: # by names in S
 
 # %% ../nbs/11b_formats.ipynb #68121752
 def read_fashion_mnist(
-    data_dir:str|Path|None=None, # folder, as above; None: Debian's, or download
+    data_dir:str|Path|None=None, # folder of the IDX files; None: Debian's, or download
 )->tuple[Tensor,Tensor,Tensor,Tensor]: # images and classes to train on, then to test on
     """Fashion-MNIST, from its four IDX files: uint8 `(n, 1, 28, 28)`, int64 `(n,)`.
     Raises ValueError if the files are missing or damaged."""
@@ -424,7 +425,7 @@ def _decode_lmdb(
     return torch.from_numpy(x)
 
 def read_lsun(
-    path:str|Path,  # folder with data.mdb, or as on page 12
+    path:str|Path,  # folder with data.mdb or a NAME_train_lmdb/, or PATH/NAME
     size:int=256,   # side in pixels
     channels:int=3, # 1 or 3
 )->tuple[Tensor,Tensor,str]: # training and test images, uint8; name of the first folder

@@ -119,6 +119,7 @@ def rate_distortion(
     """The arrays behind Fig. 5 and Table 4, for k = 1..T.
 
     After k reverse steps: how much was received, and how far off is x_0-hat.
+    ValueError unless every t was evaluated.
     """
     T, terms = len(result.terms)-1, result.terms[1:].flip(0)
     if (result.counts[1:] == 0).any():

@@ -17,6 +17,7 @@ from torch import Tensor
 from .ddpm import DDPM
 from .files import (WeightsError, load_weights, read_json, read_weights, write_json,
                               write_whole)
+from .saved import _MISFITS, _bad_config
 from .schedule import (NoiseSchedule, describe_schedule, linear_schedule,
                                  quadratic_schedule)
 from .unet import UNet
@@ -298,7 +299,6 @@ def _process_to_config(
 
 # %% ../nbs/11a_pretrained.ipynb #dc7cfa67
 _WEIGHTS = 'diffusion_pytorch_model.safetensors'
-_NONSENSE = (ValueError, TypeError, ZeroDivisionError, AttributeError, RuntimeError)
 
 def _is_diffusers(
     path:str|Path, # a folder, or anything else
@@ -317,14 +317,6 @@ def _subfolder(
     "Where a part of the model is: in a folder of its own, or beside the others."
     return path/folder if (path/folder).is_dir() else path
 
-def _bad_config(
-    source,       # a configuration
-    e:Exception,  # what came of it
-)->WeightsError:
-    "One line about a configuration that makes no sense."
-    reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
-    return WeightsError(f"{source}: not a usable configuration ({reason})")
-
 def load_unet(
     path:str|Path, # a folder with config.json and weights, or with such a folder unet/
     device='cpu',  # where to put the network
@@ -339,7 +331,7 @@ def load_unet(
                            "so diffusers did not write it")
     try: model = OfficialUNet(**_unet_args(cfg, source))
     except WeightsError: raise
-    except _NONSENSE as e: raise _bad_config(source, e) from e
+    except _MISFITS as e: raise _bad_config(source, e) from e
     pickle = weights.with_suffix('.bin')                      # which is never opened
     only_pickle = pickle.exists() and not weights.exists()
     tensors = read_weights(pickle if only_pickle else weights)
@@ -402,7 +394,7 @@ def load_diffusers(
     source = _subfolder(home, 'scheduler')/'scheduler_config.json'
     try: sched, mean, variance = _process_from_config(read_json(source), source)
     except WeightsError: raise
-    except _NONSENSE as e: raise _bad_config(source, e) from e
+    except _MISFITS as e: raise _bad_config(source, e) from e
     model = load_unet(home)
     c, size = model.config['in_channels'], model.config['resolution']
     if model.config['learned_variance']:

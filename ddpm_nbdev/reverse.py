@@ -140,9 +140,11 @@ def p_sample_progressive(
     noise:Callable|None=None,            # (t, x_t) -> z of a step; None draws it
     **kw,                                # mean, variance, clip: as `p_mean_variance`
 )->Iterator[tuple[int,Tensor,Tensor]]:   # (t, x_{t-1}, x_0-hat) for t = T..1
-    "Algorithm 2, step by step."
-    x = xT
-    for t in range(sched.T if start is None else start, 0, -1):
+    "Algorithm 2, step by step. ValueError for a start not in 0..T."
+    x, first = xT, sched.T if start is None else start
+    if not 0 <= first <= sched.T:
+        raise ValueError(f"start must be from 0 to {sched.T}, got {start}")
+    for t in range(first, 0, -1):
         z = noise(t, x) if noise else None
         ts = torch.full((len(x),), t, device=x.device)
         x, out = p_sample(sched, model, x, ts, z, generator, **kw)

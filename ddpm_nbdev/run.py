@@ -275,8 +275,8 @@ def _finish_step_first():
         for s, h in before.items(): signal.signal(s, h)
 
 def _can_show_progress()->bool:
-    "Is there someone to see a progress bar: a terminal or a notebook?"
-    return sys.stdout.isatty() or progress_bar is NBProgressBar
+    "Does this process have someone to see a progress bar: a terminal or a notebook?"
+    return not rank() and (sys.stdout.isatty() or progress_bar is NBProgressBar)
 
 # %% ../nbs/13a_run.ipynb #a7f87857
 def train(
@@ -325,7 +325,7 @@ def _loop(
     "Update until the settings' last step; log, save, draw; Interrupted if stopped."
     cfg, start = state.cfg, time.perf_counter() - state.seconds
     bar = todo = range(state.step, cfg.steps)
-    if todo and progress and _can_show_progress() and run.writes:
+    if todo and progress and _can_show_progress():
         bar = progress_bar(todo)
     for _ in bar:
         run.note(*training_step(state, batches))

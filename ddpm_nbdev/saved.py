@@ -119,6 +119,14 @@ def current_weights(
 _MISFITS = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError,
             RuntimeError)                    # what nonsense in a description may raise
 
+def _bad_config(
+    source,       # a configuration
+    e:Exception,  # what came of it
+)->WeightsError:
+    "One line about a configuration that makes no sense."
+    reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
+    return WeightsError(f"{source}: not a usable configuration ({reason})")
+
 def load_model(
     path:str|Path,     # a folder of a model or a run, or one checkpoint
     part:str='ema.',   # of a checkpoint: the average; 'model.': the weights that train
@@ -136,9 +144,7 @@ def load_model(
                                "so this is not a saved model")
         description, tensors = read_json(source), None
     try: model, settings = _from_description(description)
-    except _MISFITS as e:
-        why = f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
-        raise WeightsError(f"{source}: not a usable configuration ({why})") from e
+    except _MISFITS as e: raise _bad_config(source, e) from e
     load_weights(model, read_weights(file) if tensors is None else tensors, file)
     return model.eval(), settings
 

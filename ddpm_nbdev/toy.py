@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .schedule import NoiseSchedule
+from .schedule import NoiseSchedule, check_steps
 
 # %% ../nbs/04_toy.ipynb #c893edb1
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,9 @@ def exact_eps(
     xt:Tensor,               # noised points, `(b, d)`
     t:Tensor,                # steps, `(b,)`, each in 1..T
 )->Tensor:                   # E[eps | x_t], `(b, d)`, dtype of `xt`
-    "The best possible eps-prediction for a mixture, in closed form."
+    """The best possible eps-prediction, in closed form, by eq. 4 and Bayes' rule.
+    ValueError for t not in 1..T."""
+    check_steps(sched, t)
     x = xt.double()[:, None]                                    # (b, 1, d)
     abar = sched.alpha_bar[t][:, None, None]                    # (b, 1, 1)
     var = abar*mixture.stds**2 + 1-abar                         # (b, k, d)
@@ -98,7 +100,8 @@ def score(
     xt:Tensor,               # noised points, `(b, d)`
     t:Tensor,                # steps, `(b,)`, each in 1..T
 )->Tensor:                   # `(b, d)`, dtype of `xt`
-    "The score, the gradient of log q(x_t), in closed form."
+    """The score, the gradient of log q(x_t): -eps*/sqrt(1 - alpha_bar_t).
+    ValueError for t not in 1..T."""
     eps = exact_eps(mixture, sched, xt.double(), t)
     return (-eps/(1-sched.alpha_bar[t]).sqrt()[:, None]).to(xt.dtype)
 

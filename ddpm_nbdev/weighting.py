@@ -17,7 +17,8 @@ def eps_weight(
     variance:str='beta',  # sigma_t^2: 'beta' or 'beta_tilde'
 )->Tensor:                # `(T+1,)` float64; NaN at t = 0
     """The weight beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) of the squared
-    error of eps, eq. 12. Infinite at t = 1 for 'beta_tilde'."""
+    error of eps, eq. 12. Infinite at t = 1 for 'beta_tilde'. ValueError for
+    'learned', which has no table."""
     if variance == 'learned':
         raise ValueError("eq. 12 has no weight table for variance='learned': there "
                          "sigma differs from element to element and depends on the "

@@ -1,6 +1,5 @@
 "The site as a reader meets it: in a browser. One Chromium for all; each page is opened once, and what most tests ask is noted then."
 import json
-import re
 from collections import Counter
 from importlib.resources import files
 from urllib.parse import unquote, urlsplit

@@ -382,16 +382,18 @@ def test_a_network_that_gives_nan_is_an_error(call, run, here, monkeypatch):
 
 
 def test_a_second_run_into_one_folder_is_refused(call, here):
-    "And the first one ends as if nothing had happened."
-    p = Python("-m", "ddpm_nbdev.cli", "train", "digits", *QUICK, "--steps", "150", "--log-every", "1", "--samples", "0", "--out", "run", cwd=here, env=ENV)
+    "And the first one goes on as if nothing had happened, until it is stopped."
+    p = Python("-m", "ddpm_nbdev.cli", "train", "digits", *QUICK, "--steps", "100000", "--log-every", "1", "--out", "run", cwd=here, env=ENV)
     while not (here/"run/log.jsonl.new").exists() or not (here/"run/log.jsonl.new").read_text():
         assert p.poll() is None, p.communicate()
         time.sleep(.02)
     failed(call(ddpm_train, "digits", *QUICK, "--out", "run"), 1, f"run: another run writes there (process {p.pid} on ", "choose another --out")
     failed(call(ddpm_train, "digits", "--out", "run", "--overwrite"), 1, "another run writes there")
+    p.send_signal(signal.SIGINT)
     out, err = p.communicate(timeout=120)
-    assert (p.returncode, err) == (0, ""), err
-    assert [r["step"] for r in read_log(here/"run")] == list(range(1, 151))
+    steps = [r["step"] for r in read_log(here/"run")]
+    assert p.returncode == 130 and f"stopped after step {len(steps)} of 100000" in err, err
+    assert steps == list(range(1, len(steps)+1))
 
 
 def test_a_network_that_overflows_is_an_error(call, run, here):

@@ -52,17 +52,14 @@ def finish(process, status=0):
 
 
 def script(tmp_path, code):
-    "A file that torchrun can start; `out` is a folder, `cfg` the settings."
+    "A file that torchrun can start; `out` is a folder."
     head = f"""
 import torch; torch.set_num_threads(1)
 from dataclasses import replace
 from pathlib import Path
-from test_distributed import TINY, load_dataset, threads
+from test_distributed import TINY
 
-from ddpm_nbdev.ddpm import draw_samples
-from ddpm_nbdev.machines import join_processes, leave_processes, rank
 from ddpm_nbdev.run import train
-from ddpm_nbdev.train import load_checkpoint
 out = Path({str(tmp_path)!r})
 """
     (tmp_path/"script.py").write_text(head + code)

@@ -320,7 +320,7 @@ def test_the_same_network_said_otherwise(folder, keys):
 
 @pytest.mark.parametrize("keys", [dict(block_out_channels="8"), dict(block_out_channels=[0, 8]), dict(block_out_channels=[None, 8]),
     dict(layers_per_block="2"), dict(norm_num_groups=3), dict(norm_num_groups=8), dict(down_block_types=5), dict(up_block_types=None),
-    dict(sample_size=7), dict(in_channels="3"), dict(in_channels=None), dict(dropout="much"), dict(layers_per_block=None)], ids=str)
+    dict(sample_size=7), dict(in_channels="3"), dict(in_channels=None), dict(dropout="much"), dict(layers_per_block=None), dict(layers_per_block=10**30)], ids=str)
 def test_nonsense_is_refused_in_one_line(folder, keys):
     change(folder/"config.json", **keys)
     with pytest.raises(WeightsError) as e: load_diffusers(folder)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 import ddpm_nbdev
 from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.files import read_log
-from ddpm_nbdev.train import PRESETS, TrainConfig, _build_model
+from ddpm_nbdev.train import PRESETS, _build_model
 
 WEIGHTS = Path(ddpm_nbdev.__file__).parent/"weights"
 

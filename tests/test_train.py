@@ -24,7 +24,7 @@ from ddpm_nbdev.run import Interrupted, only_writer, train
 from ddpm_nbdev.saved import read_checkpoint
 from ddpm_nbdev.train import (EMA, PRESETS, ConfigError, TrainConfig, TrainingDiverged, _build_model, _small_unet_args, build_ddpm,
                               learning_rate, load_checkpoint, preset)
-from ddpm_nbdev.unet import digits_unet
+from ddpm_nbdev.unet import cifar10_unet, digits_unet, image256_large_unet, image256_unet
 
 torch.set_num_threads(1)
 MODEL = dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], groups=4)
@@ -643,8 +643,12 @@ def test_presets_are_consistent():
     with pytest.raises(ConfigError, match="unknown preset 'celeba'; known: digits"): preset("folder:a", "celeba")
 
 
-def test_digits_preset_is_digits_unet():
-    assert _build_model(preset("digits"), (1, 8, 8)).config == digits_unet().config
+@pytest.mark.parametrize("name, unet", [("digits", digits_unet), ("cifar10", cifar10_unet), ("lsun256", image256_unet), ("celebahq256", image256_unet),
+                                        ("lsun256_large", image256_large_unet)])
+def test_presets_are_the_networks_of_that_name(name, unet):
+    with torch.device("meta"):
+        config = unet().config
+        assert _build_model(PRESETS[name], (config["in_channels"], *[config["resolution"]]*2)).config == config
 
 
 @pytest.mark.parametrize("name, size, count", [("cifar10", 32, 35_746_307), ("celebahq256", 256, 113_673_219), ("lsun256", 256, 113_673_219), ("lsun256_large", 256, 255_677_955)])
