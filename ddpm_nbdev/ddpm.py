@@ -9,7 +9,6 @@ __all__ = ['BitsPerDim', 'DDPM', 'draw_samples']
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +23,8 @@ from .files import WeightsError
 from .machines import eval_mode, gather_rows, my_share
 from .noise import indexed_noise, subseed
 from .objective import OBJECTIVES, training_losses
-from .reverse import MEANS, VARIANCES, p_mean_variance, p_sample_progressive
+from .reverse import (MEANS, VARIANCES, _check_mse, p_mean_variance,
+                                p_sample_progressive)
 from .saved import _shipped, load_model, save_model
 from .schedule import NoiseSchedule, choose
 
@@ -43,15 +43,18 @@ class DDPM:
     sched:NoiseSchedule      # the forward process
     shape:tuple              # of one image, `(c, h, w)`, or `(d,)` for points
     mean:str='eps'           # what the model predicts: 'eps', 'x0' or 'mu'
-    variance:str='beta'      # sigma_t^2: 'beta', 'beta_tilde' or 'learned'
+    variance:str='beta'      # sigma_t^2: 'beta', 'beta_tilde', 'learned' or 'optimal'
     objective:str='simple'   # what it is trained on: 'simple' (eq. 14) or 'vlb' (eq. 5)
     levels:int=256           # gray levels of the data
+    mse:Tensor|None=None     # (T+1,) measured squared error of x_0-hat, for 'optimal'
 
     def __post_init__(self):
         tables = dict(mean=MEANS, variance=VARIANCES, objective=OBJECTIVES)
         for what, table in tables.items(): choose(table, what, getattr(self, what))
         _check_levels(self.levels)
         self.shape = tuple(self.shape)
+        if self.mse is not None or self.variance == 'optimal':
+            self.mse = _check_mse(self.sched, self.mse)       # float64, on the CPU
 
     @property
     def device(self)->torch.device:
@@ -84,7 +87,16 @@ class DDPM:
     ):                  # PMeanVariance
         "The reverse Gaussian p(x_{t-1} | x_t), eq. 1."
         return p_mean_variance(self.sched, self.model, xt, t, self.mean, self.variance,
-                               clip)
+                               clip, self.mse)
+
+    def decoder(self,
+        x0:Tensor,           # images on the grid of levels, any shape
+        mean:Tensor,         # mu_theta(x_1, 1), same shape
+        log_variance:Tensor, # log sigma_1^2, broadcastable
+    )->Tensor:               # log-probability of each element, nats
+        """log p(x_0 | x_1), eq. 13: the last term of the bound. A subclass may bring a
+        stronger one."""
+        return discretized_gaussian_log_likelihood(x0, mean, log_variance, self.levels)
 
     @torch.no_grad()
     def chain(self,
@@ -102,7 +114,7 @@ class DDPM:
                 raise ValueError(f"a chain that starts at t = {start} needs its x_t, "
                                  "as xT=...")
             xT = torch.randn(n, *self.shape, generator=generator, device=self.device)
-        choices = dict(mean=self.mean, variance=self.variance, clip=clip)
+        choices = dict(mean=self.mean, variance=self.variance, clip=clip, mse=self.mse)
         with eval_mode(self.model):
             yield from p_sample_progressive(self.sched, self.model, xT, generator,
                                             start=start, noise=noise, **choices)
@@ -136,7 +148,6 @@ class DDPM:
             raise ValueError(f"index must name a place for each of the {len(x0)} "
                              f"images, got {len(index)}")
         ts, ws = choose_steps(key, index, self.sched.T, steps)
-        decoder = partial(discretized_gaussian_log_likelihood, levels=self.levels)
         k = ts.shape[1]
         pairs = len(x0)*k
         with eval_mode(self.model):
@@ -147,7 +158,7 @@ class DDPM:
                 t, w = ts[i % len(ts), j], ws[i % len(ts), j]
                 x = x0[i]
                 noise = indexed_noise(key, index[i], t, x)
-                nats, p = vlb_terms(self.sched, self.p, decoder, x, t, noise)
+                nats, p = vlb_terms(self.sched, self.p, self.decoder, x, t, noise)
                 yield i, t, w, nats, p
 
     def bits_per_dim(self,
@@ -184,7 +195,7 @@ class DDPM:
     @property
     def settings(self)->dict:
         "Everything but the network."
-        names = 'sched', 'shape', 'mean', 'variance', 'objective', 'levels'
+        names = 'sched', 'shape', 'mean', 'variance', 'objective', 'levels', 'mse'
         return {name: getattr(self, name) for name in names}
 
     def save(self,

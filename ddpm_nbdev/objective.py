@@ -41,6 +41,9 @@ def _simple_loss(sched, model, x0, t, noise, mean, variance, levels):
 
 def _vlb_loss(sched, model, x0, t, noise, mean, variance, levels):
     "The term of the true bound that belongs to t, eq. 5."
+    if variance == 'optimal':
+        raise ValueError("objective='vlb' cannot train variance='optimal': it is "
+                         "measured after training, so it cannot be trained on")
     p = lambda xt, t: p_mean_variance(sched, model, xt, t, mean, variance, clip=False)
     decoder = partial(discretized_gaussian_log_likelihood, levels=levels)
     return vlb_terms(sched, p, decoder, x0, t, noise)[0]
@@ -56,7 +59,7 @@ def training_losses(
     noise:Tensor|None=None,              # eps ~ N(0, I), shape of `x0`; None draws it
     generator:torch.Generator|None=None, # source of t and eps, on the device of `x0`
     mean:str='eps',                      # what the model predicts: 'eps', 'x0' or 'mu'
-    variance:str='beta',                 # sigma_t^2: 'beta', 'beta_tilde' or 'learned'
+    variance:str='beta',                 # sigma_t^2: a key of VARIANCES
     objective:str='simple',              # 'simple' (eq. 14) or 'vlb' (eq. 5)
     levels:int=256,                      # gray levels, for the decoder in 'vlb'
 )->Tensor:                               # `(b,)`
@@ -64,7 +67,8 @@ def training_losses(
     the image, compare.
 
     'simple' is the squared error per dimension, 'vlb' one term in nats per dimension.
-    Raises ValueError for unknown choices, wrong steps and 'simple' with 'learned'."""
+    Raises ValueError for unknown choices, wrong steps, 'simple' with 'learned', and
+    'vlb' with 'optimal'."""
     choose(MEANS, 'mean', mean)
     choose(VARIANCES, 'variance', variance)
     loss = choose(OBJECTIVES, 'objective', objective)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .bound import clipped_posterior_log_variance
 from .noise import noise_like
-from .posterior import _posterior_coefs, _posterior_mean
+from .posterior import _posterior_coefs, _posterior_mean, posterior_variance
 from .schedule import NoiseSchedule, cast_like, check_steps, choose, extract
 
 # %% ../nbs/06_reverse.ipynb #159d4c4a
@@ -56,7 +56,8 @@ MEANS = {'eps': _mean_from_eps, 'x0': _mean_from_x0, 'mu': _mean_from_mu}
 
 # %% ../nbs/06_reverse.ipynb #6bd21e13
 # each: (sched, xt, t, raw) -> log sigma^2 like xt, `(b, c, ...)`; t is `(b,)`, and
-# raw what the network says of the variance, like xt, or None
+# raw what is known of the variance: like xt, if the network says it; or a table of
+# the measured squared error of x_0-hat, `(T+1,)`; or None
 def _log_variance_beta(sched, xt, t, raw):
     """sigma_t^2 = beta_t, but beta-tilde_2 at t = 1, so that the decoder sees the
     small variance."""
@@ -72,8 +73,33 @@ def _log_variance_learned(sched, xt, t, raw):
     "The network's second half of the channels is log sigma^2, one value per element."
     return raw
 
+def _check_mse(sched, mse):
+    "The table in float64, on the CPU. ValueError if it cannot be one of errors."
+    if mse is None:
+        raise ValueError("variance='optimal' needs mse, the measured mean squared "
+                         "error of x_0-hat, (T+1,): see measure_mse")
+    mse = torch.as_tensor(mse).detach().to('cpu', torch.float64, copy=True)
+    if mse.shape != (sched.T+1,):
+        raise ValueError(f"mse must have one entry for each t = 0..T, ({sched.T+1},), "
+                         f"got {tuple(mse.shape)}")
+    mse[0] = torch.nan                                        # there is no step 0
+    bad = (~(mse[1:].isfinite() & (mse[1:] >= 0))).nonzero()
+    if len(bad):
+        t = bad[0].item()+1
+        raise ValueError("mse must be a finite number, at least 0, for each t in 1..T, "
+                         f"got {mse[t].item()} at t = {t}")
+    return mse
+
+def _log_variance_optimal(sched, xt, t, mse):
+    """sigma_t^2 = beta-tilde_t + coef_x0(t)^2 mse(t): the least expected KL. At t = 1
+    it is mse(1)."""
+    mse = _check_mse(sched, mse).to(sched.beta.device)
+    coef_x0, t = _posterior_coefs(sched, t)[0], t.to(mse.device)
+    sigma2 = posterior_variance(sched)[t] + coef_x0**2*mse[t]
+    return cast_like(sigma2.log(), xt).expand_as(xt)
+
 VARIANCES = {'beta': _log_variance_beta, 'beta_tilde': _log_variance_beta_tilde,
-             'learned': _log_variance_learned}
+             'learned': _log_variance_learned, 'optimal': _log_variance_optimal}
 
 # %% ../nbs/06_reverse.ipynb #a26991fd
 class PMeanVariance(NamedTuple):
@@ -85,7 +111,7 @@ class PMeanVariance(NamedTuple):
 def _split_output(
     out:Tensor,     # of the network, `(b, c, ...)`; 2c with a learned variance
     xt:Tensor,      # the network's input, `(b, c, ...)`
-    variance:str,   # 'beta', 'beta_tilde' or 'learned'
+    variance:str,   # a key of VARIANCES
 )->tuple[Tensor,Tensor|None]: # what predicts the mean, and the raw log-variance or None
     "Split the channels of a network that predicts its variance, and check the shape."
     c = xt.shape[1]
@@ -101,8 +127,9 @@ def p_mean_variance(
     xt:Tensor,             # noised images, `(b, c, ...)`
     t:Tensor,              # steps, `(b,)`, each in 1..T
     mean:str='eps',        # what the model predicts: 'eps', 'x0' or 'mu'
-    variance:str='beta',   # sigma_t^2: 'beta', 'beta_tilde' or 'learned'
+    variance:str='beta',   # sigma_t^2: 'beta', 'beta_tilde', 'learned' or 'optimal'
     clip:bool=True,        # clamp x_0-hat to [-1, 1] on the way
+    mse:Tensor|None=None,  # `(T+1,)` measured squared error of x_0-hat, for 'optimal'
 )->PMeanVariance:
     "Mean and variance of p(x_{t-1} | x_t), eq. 1 with eq. 11."
     check_steps(sched, t)
@@ -111,7 +138,8 @@ def p_mean_variance(
     out, raw = _split_output(model(xt, t), xt, variance)
     clamp = (lambda x: x.clamp(-1, 1) + 0*x) if clip else (lambda x: x) # infinity: NaN
     mu, x0 = mean_fn(sched, xt, t, out, clamp)
-    return PMeanVariance(mu, variance_fn(sched, xt, t, raw), x0)
+    known = mse if raw is None else raw
+    return PMeanVariance(mu, variance_fn(sched, xt, t, known), x0)
 
 # %% ../nbs/06_reverse.ipynb #86bbb247
 def p_sample(
@@ -121,7 +149,7 @@ def p_sample(
     t:Tensor,                            # steps, `(b,)`, each in 1..T
     noise:Tensor|None=None,              # z ~ N(0, I), shape of `xt`; None draws it
     generator:torch.Generator|None=None, # source of z
-    **kw,                                # mean, variance, clip: as `p_mean_variance`
+    **kw,                                # mean, variance, clip, mse: `p_mean_variance`
 )->tuple[Tensor,PMeanVariance]:          # x_{t-1}, and the Gaussian it came from
     "Line 4 of Algorithm 2: one step back; no noise at t = 1."
     out = p_mean_variance(sched, model, xt, t, **kw)
@@ -138,7 +166,7 @@ def p_sample_progressive(
     generator:torch.Generator|None=None, # source of the steps' noise
     start:int|None=None,                 # `xT` is x_start, 0..T; None means T
     noise:Callable|None=None,            # (t, x_t) -> z of a step; None draws it
-    **kw,                                # mean, variance, clip: as `p_mean_variance`
+    **kw,                                # mean, variance, clip, mse: `p_mean_variance`
 )->Iterator[tuple[int,Tensor,Tensor]]:   # (t, x_{t-1}, x_0-hat) for t = T..1
     "Algorithm 2, step by step. ValueError for a start not in 0..T."
     x, first = xT, sched.T if start is None else start

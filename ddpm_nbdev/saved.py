@@ -8,15 +8,18 @@ __all__ = ['ARCHITECTURES', 'save_model', 'checkpoint_header', 'read_checkpoint'
 # %% ../nbs/09b_saved.ipynb #e2cb64f6
 import importlib
 import json
+import math
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .files import (WeightsError, load_weights, read_header, read_json, read_weights,
                               write_json, write_whole)
-from .schedule import SCHEDULES, choose, describe_schedule
+from .reverse import _check_mse
+from .schedule import SCHEDULES, NoiseSchedule, choose, describe_schedule
 
 # %% ../nbs/09b_saved.ipynb #e81290e0
 ARCHITECTURES = {   # networks that can be saved, and where they live
@@ -31,14 +34,37 @@ def _model_from_config(
     module = importlib.import_module(choose(ARCHITECTURES, 'model', cfg['name']))
     return getattr(module, cfg['name'])(**cfg['args'])
 
+def _mse_to_config(
+    mse:Tensor, # `(T+1,)`, entry 0 unused
+)->dict:        # JSON-able; numbers in JSON keep every bit
+    "The measured squared error of x_0-hat."
+    return {'format': 1, 'values': [None, *mse.tolist()[1:]]}
+
+def _mse_from_config(
+    cfg:dict,            # as made by `_mse_to_config`
+    sched:NoiseSchedule, # says how many steps there are
+)->Tensor:               # `(T+1,)` float64
+    "Read it back. ValueError for anything else."
+    if not isinstance(cfg, dict) or cfg.get('format') != 1:
+        raise ValueError("its mse is not of format 1, which this version reads")
+    values = cfg['values']
+    if not isinstance(values, list) or values[:1] != [None]:
+        raise ValueError("mse must be a list that begins with null, for t = 0")
+    for v in values[1:]:
+        if type(v) not in (int, float):
+            raise ValueError(f"mse must hold numbers from t = 1 on, got {v!r}")
+    table = torch.tensor([math.nan, *map(float, values[1:])], dtype=torch.float64)
+    return _check_mse(sched, table)
+
 def _describe_model(
     model,         # a network that has `.config`
-    settings:dict, # sched, shape, mean, variance, objective, levels
+    settings:dict, # sched, shape, mean, variance, objective, levels; mse or no mse
 )->dict:           # JSON-able
     "All that is needed to build the same model again, but for the weights."
     name = type(model).__name__
     choose(ARCHITECTURES, 'model', name)
     plain = {k: settings[k] for k in ('mean', 'variance', 'objective', 'levels')}
+    if settings.get('mse') is not None: plain['mse'] = _mse_to_config(settings['mse'])
     return {'format': 1, 'model': {'name': name, 'args': model.config},
             'schedule': describe_schedule(settings['sched']),
             'shape': list(settings['shape']), **plain}
@@ -51,8 +77,9 @@ def _from_description(
         raise ValueError(f"it has format {cfg['format']}, this version reads format 1")
     schedule = choose(SCHEDULES, 'schedule', cfg['schedule']['name'])
     plain = {k: cfg[k] for k in ('shape', 'mean', 'variance', 'objective', 'levels')}
-    model = _model_from_config(cfg['model'])
-    return model, {'sched': schedule(**cfg['schedule']['args']), **plain}
+    sched = schedule(**cfg['schedule']['args'])
+    if 'mse' in cfg: plain['mse'] = _mse_from_config(cfg['mse'], sched)
+    return _model_from_config(cfg['model']), {'sched': sched, **plain}
 
 def save_model(
     path:str|Path,      # a folder; it is made if missing

@@ -156,6 +156,9 @@ def _check_settings(cfg):
     if cfg.variance == 'learned' and cfg.objective == 'simple':
         raise ConfigError("variance='learned' needs objective='vlb': "
                           "the variance does not occur in eq. 14")
+    if cfg.variance == 'optimal':
+        raise ConfigError("variance='optimal' is measured after training, so it cannot "
+                          "be trained with: train with another variance")
     try: SCHEDULES[cfg.schedule](T=cfg.T, **cfg.schedule_args)
     except (ValueError, TypeError) as e:
         raise ConfigError(f"schedule {cfg.schedule!r}: {e}") from e

@@ -18,11 +18,15 @@ def eps_weight(
 )->Tensor:                # `(T+1,)` float64; NaN at t = 0
     """The weight beta_t^2 / (2 sigma_t^2 alpha_t (1 - alpha_bar_t)) of the squared
     error of eps, eq. 12. Infinite at t = 1 for 'beta_tilde'. ValueError for
-    'learned', which has no table."""
+    'learned', which has no table, and for 'optimal'."""
     if variance == 'learned':
         raise ValueError("eq. 12 has no weight table for variance='learned': there "
                          "sigma differs from element to element and depends on the "
                          "network")
+    if variance == 'optimal':
+        raise ValueError("eq. 12 has no weight table for variance='optimal': there "
+                         "sigma follows from the measured error, the very thing that "
+                         "would be weighted")
     tables = {'beta': sched.beta, 'beta_tilde': posterior_variance(sched)}
     sigma2 = choose(tables, 'variance', variance)
     return sched.beta**2 / (2*sigma2*sched.alpha*(1-sched.alpha_bar))
