@@ -18,10 +18,11 @@ from ddpm_nbdev.decoder import to_model_range
 from ddpm_nbdev.likelihood import evaluate_bits_per_dim, perfect_mean_cost, rate_distortion
 from ddpm_nbdev.machines import Autocast
 from ddpm_nbdev.noise import indexed_noise
+from ddpm_nbdev.posterior import posterior_coefs, posterior_variance
 from ddpm_nbdev.schedule import linear_schedule, quadratic_schedule
 
-MEANS, VARIANCES = ("eps", "x0", "mu"), ("beta", "beta_tilde", "learned")
-NINE = [(m, v) for m in MEANS for v in VARIANCES]
+MEANS, VARIANCES = ("eps", "x0", "mu"), ("beta", "beta_tilde", "learned", "optimal")
+TWELVE = [(m, v) for m in MEANS for v in VARIANCES]
 BIT = math.log(2)
 
 
@@ -52,9 +53,10 @@ def noise_of(seed, like, T, index=None):
 
 # ---- the official algorithm, written again in NumPy: nothing below this line up to the next comes from the package
 
-def official(x0, noise, net, betas, mean, variance, levels):
+def official(x0, noise, net, betas, mean, variance, levels, measured=None):
     """bits/dim of the official TensorFlow code in float64 (t = 0..T-1; the network is shown t+1), with the exact normal CDF
-    where that has a tanh: terms `(n, T)`, prior `(n,)`, mse `(n, T)`, total `(n,)`, and how often x_0-hat was clamped."""
+    where that has a tanh: terms `(n, T)`, prior `(n,)`, mse `(n, T)`, total `(n,)`, and how often x_0-hat was clamped.
+    It knows no variance "optimal": that is added by its formula, of Bao et al., with the `measured` errors `(T,)`."""
     T, n = len(betas), len(x0)
     flat = lambda v: v.reshape(n, -1).mean(1)
     alphas_bar = np.cumprod(1-betas, axis=0)
@@ -76,12 +78,14 @@ def official(x0, noise, net, betas, mean, variance, levels):
         edge = half/2
         return np.where(x < -1+edge, log_ndtr((x-means+half)*inv_std), np.where(x > 1-edge, log_ndtr(-(x-means-half)*inv_std), mid))
 
+    tables = {"beta": np.log(np.append(first, betas[1:])), "beta_tilde": posterior_log_variance_clipped}
+    if variance == "optimal": tables["optimal"] = np.log(posterior_variance + coef1**2*measured)
     terms, mse, clamped = np.empty((n, T)), np.empty((n, T)), []
     for t in reversed(range(T)):
         xt = np.sqrt(alphas_bar[t])*x0 + np.sqrt(1-alphas_bar[t])*noise[t]
         out = net(xt, np.full(n, t+1))
         if variance == "learned": out, log_variance = np.split(out, 2, axis=1)
-        else: log_variance = {"beta": np.log(np.append(first, betas[1:])), "beta_tilde": posterior_log_variance_clipped}[variance][t]*np.ones_like(xt)
+        else: log_variance = tables[variance][t]*np.ones_like(xt)
         if mean == "mu": pred = out/coef1[t] - coef2[t]/coef1[t]*xt
         elif mean == "x0": pred = out
         else: pred = np.sqrt(1/alphas_bar[t])*xt - np.sqrt(1/alphas_bar[t] - 1)*out
@@ -97,7 +101,7 @@ def official(x0, noise, net, betas, mean, variance, levels):
     return terms, prior, mse, terms.sum(1) + prior, np.array(clamped[::-1])
 
 
-# ---- all nine combinations
+# ---- all twelve combinations
 
 class Net(nn.Module):
     "Two layers over the pixels and t, float64 inside whatever comes in. With `learned` also raw log-variances around -4."
@@ -126,15 +130,22 @@ class Net(nn.Module):
         return net
 
 
+def some_mse(T):
+    "A table of errors that rises with t, as `DDPM` takes it."
+    return torch.cat([torch.tensor([math.nan]), torch.linspace(.01, .4, T).sqrt()]).double()
+
+
 def make(shape=(1, 4, 4), T=12, mean="eps", variance="beta", levels=256, seed=0, sched=None, size=1.):
     sched = sched or linear_schedule(T, 1e-3, .3)
-    return DDPM(Net(shape, sched.T, mean, variance == "learned", seed, size=size), sched, shape, mean=mean, variance=variance, levels=levels)
+    return DDPM(Net(shape, sched.T, mean, variance == "learned", seed, size=size), sched, shape, mean=mean, variance=variance, levels=levels,
+                mse=some_mse(sched.T) if variance == "optimal" else None)
 
 
 def reference(ddpm, x0, seed):
     "The official algorithm on the weights, tables and noise of an evaluation."
     T = ddpm.sched.T
-    return official(x0.numpy(), noise_of(seed, x0, T), ddpm.model.numpy(), ddpm.sched.beta[1:].numpy(), ddpm.mean, ddpm.variance, ddpm.levels)
+    return official(x0.numpy(), noise_of(seed, x0, T), ddpm.model.numpy(), ddpm.sched.beta[1:].numpy(), ddpm.mean, ddpm.variance, ddpm.levels,
+                    None if ddpm.mse is None else ddpm.mse[1:].numpy())
 
 
 def per_pair(ddpm, x0, seed, **kw):
@@ -147,7 +158,7 @@ def per_pair(ddpm, x0, seed, **kw):
 
 
 @pytest.mark.parametrize("levels", [17, 256])
-@pytest.mark.parametrize("mean, variance", NINE)
+@pytest.mark.parametrize("mean, variance", TWELVE)
 def test_every_term_is_the_official_one(mean, variance, levels):
     n, shape, seed = 5, (2, 4, 3), 7
     ddpm = make(shape, 12, mean, variance, levels, seed=3)
@@ -173,7 +184,7 @@ def test_every_term_is_the_official_one(mean, variance, levels):
     for got, want in zip(b, (total, prior, terms[:, 1:].sum(1), terms[:, 0])): np.testing.assert_allclose(got, want, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("mean, variance", NINE)
+@pytest.mark.parametrize("mean, variance", TWELVE)
 def test_float32_from_uint8_stays_close(mean, variance):
     "The way a user calls it: integers in, float32 arithmetic. The error is relative to terms of up to hundreds of bits."
     n, shape, seed, levels = 6, (1, 4, 4), 8, 256
@@ -228,10 +239,13 @@ class Linear:
         self.a = .9*np.sqrt(self.abar)*var/(self.abar*var + 1-self.abar)     # nine tenths of the best: an imperfect model
         self.b = np.linspace(-.05, .05, math.prod(shape)).reshape(shape)
         first = self.tilde[2]
-        self.sigma2 = {"beta": self.beta, "beta_tilde": self.tilde, "learned": 1.3*self.beta}[variance].copy()
-        if variance != "learned": self.sigma2[1] = first
+        self.table = np.where(np.arange(T+1) > 0, .15**2*(1-self.abar)/(self.abar*.15**2 + 1-self.abar + 1e-99), np.nan)
+        optimal = np.where(np.arange(T+1) > 1, self.tilde, 0) + self.c0**2*self.table
+        self.sigma2 = {"beta": self.beta, "beta_tilde": self.tilde, "learned": 1.3*self.beta, "optimal": optimal}[variance].copy()
+        if variance.startswith("beta"): self.sigma2[1] = first
         self.mean, self.variance, self.levels, self.shape = mean, variance, levels, shape
-        self.ddpm = DDPM(self.model, self.sched, shape, mean=mean, variance=variance, levels=levels)
+        self.ddpm = DDPM(self.model, self.sched, shape, mean=mean, variance=variance, levels=levels,
+                         mse=torch.from_numpy(self.table) if variance == "optimal" else None)
 
     def model(self, xt, t):
         at = lambda table: torch.from_numpy(table)[t].reshape(-1, 1, 1, 1)
@@ -279,7 +293,7 @@ def near_gray(n, shape=(1, 2, 2), levels=256, seed=0):
     return scaled(torch.from_numpy(np.round((.15*z + 1)/2*(levels-1))), levels)
 
 
-@pytest.mark.parametrize("mean, variance, levels", [("eps", "beta", 256), ("x0", "beta_tilde", 17), ("mu", "learned", 256)])
+@pytest.mark.parametrize("mean, variance, levels", [("eps", "beta", 256), ("x0", "beta_tilde", 17), ("mu", "learned", 256), ("eps", "optimal", 256)])
 def test_monte_carlo_meets_the_closed_form(mean, variance, levels):
     model, n = Linear(levels=levels, mean=mean, variance=variance), 1500
     x0 = near_gray(n, levels=levels)
@@ -625,6 +639,31 @@ def test_a_perfect_mean_pays_for_its_variance_only(T):
     assert perfect_mean_cost(sched) == pytest.approx(want, rel=1e-9) == pytest.approx(large.L_mid, rel=1e-6)
     if T == 1000: assert want == pytest.approx(.486, abs=5e-4)               # the paper's schedule
     assert beta[0] == 0 and perfect_mean_cost(linear_schedule(1)) == 0
+
+
+@pytest.mark.parametrize("mean", ["eps", "x0"])                             # of mu the clamp does not reach the mean
+def test_the_optimal_variance_is_the_least_of_them_all(mean):
+    "Measured and evaluated on the same images and noise: no other variance, for any t, makes a term smaller."
+    ddpm, x = make(T=12, mean=mean, size=2.), gray(40, (1, 4, 4), 256)
+    def bound(**kw): return evaluate_bits_per_dim(replace(ddpm, **kw), scaled(x, 256), seeded())
+    fixed = bound()
+    coef, tilde = posterior_coefs(ddpm.sched, torch.arange(1, 13))[0], posterior_variance(ddpm.sched)[1:]
+    best = bound(variance="optimal", mse=fixed.mse)
+    torch.testing.assert_close(best.mse, fixed.mse, equal_nan=True, rtol=0, atol=0)     # it depends on the mean only
+    want = .5*(1 + coef**2*fixed.mse[1:]/tilde).log()/BIT                               # the KL at its minimum
+    np.testing.assert_allclose(best.terms[2:], want[1:], rtol=1e-8)
+    for other in (fixed, bound(variance="beta_tilde")): assert (best.terms[2:] < other.terms[2:]).all()
+    for factor in (.8, .95, 1.05, 1.3): assert (bound(variance="optimal", mse=factor*fixed.mse).terms[2:] > best.terms[2:]).all()
+
+
+def test_a_stronger_decoder_by_a_subclass():
+    class Sure(DDPM):
+        def decoder(self, x0, mean, log_variance): return torch.full_like(mean, -.5)
+    plain = make(T=6)
+    sure, x0 = Sure(plain.model, plain.sched, plain.shape), scaled(gray(4, (1, 4, 4), 256), 256)
+    ours, theirs = (d.bits_per_dim(x0, seeded()) for d in (sure, plain))
+    np.testing.assert_allclose(ours.L_0, .5/BIT, rtol=1e-6)
+    assert torch.equal(ours.L_mid, theirs.L_mid) and not torch.allclose(ours.L_0, theirs.L_0)
 
 
 # ---- streaming: memory does not depend on how many images and steps there are

@@ -213,6 +213,13 @@ def test_learned_variance_to_theirs(tmp_path):
     with pytest.raises(ValueError, match="variance='learned'"): save_diffusers(DDPM(ours, linear_schedule(), (1, 8, 8), variance="learned"), tmp_path)
 
 
+def test_a_measured_variance_to_theirs(tmp_path):
+    ours = UNet(in_channels=1, ch=16, ch_mult=(1, 2), num_res_blocks=1, attn_resolutions=(4,), resolution=8, groups=4)
+    ddpm = DDPM(ours, linear_schedule(), (1, 8, 8), variance="optimal", mse=torch.ones(1001))
+    with pytest.raises(ValueError, match="variance='optimal' does; it can express beta, beta_tilde$"): save_diffusers(ddpm, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("dim", [4, 16, 128, 192])
 def test_rotation(dim):
     "Against the embedding in float64, formed here entry by entry."

@@ -627,6 +627,54 @@ def test_checkpoint_loads_average_or_raw(tmp_path, data):
     assert torch.equal(draw_samples(avg, 5, seed=3), draw_samples(ddpm, 5, seed=3))
 
 
+def test_a_variance_that_is_measured_cannot_be_trained():
+    for objective in ("simple", "vlb"):
+        with pytest.raises(ConfigError, match="^variance='optimal' is measured after training[^\n]*$"):
+            replace(TINY, variance="optimal", objective=objective)
+
+
+def test_a_measured_mse_is_saved_with_the_model(tmp_path, data):
+    "To the last bit, with the numbers that a careless writer would round; and nothing of it where nothing was measured."
+    ddpm = train(TINY, tmp_path/"run", data=data)
+    config = json.loads((tmp_path/"run"/"config.json").read_text())
+    assert "mse" not in config and ddpm.mse is None and ddpm.settings["mse"] is None
+    assert load_checkpoint(tmp_path/"run").mse is None and DDPM.load(tmp_path/"run").mse is None
+    mse = torch.rand(11, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    mse[1:5] = torch.tensor([0., 5e-324, 1/3, 1e-300], dtype=torch.float64)
+    measured = replace(ddpm, variance="optimal", mse=mse)
+    assert measured.mse is not mse and measured.mse[0].isnan() and measured.mse.device.type == "cpu"
+    assert measured.to("cpu").mse.dtype == torch.float64
+    measured.save(tmp_path/"model")
+    entry = json.loads((tmp_path/"model"/"config.json").read_text())["mse"]
+    assert entry["format"] == 1 and entry["values"] == [None, *mse[1:].tolist()]
+    back = DDPM.load(tmp_path/"model")
+    assert back.variance == "optimal" and torch.equal(back.mse[1:], mse[1:]) and back.mse[0].isnan() and back.mse.dtype == torch.float64
+    as_before = replace(back, variance="beta")                               # the table may stay where it is not used
+    assert torch.equal(draw_samples(as_before, 3), draw_samples(ddpm, 3)) and not torch.equal(draw_samples(back, 3), draw_samples(ddpm, 3))
+
+
+@pytest.mark.parametrize("mse, says", [(None, "format 1"), ({"format": 2, "values": []}, "format 1"), ({"format": 1}, "values"), ({"format": 1, "values": 5}, "a list"),
+    ({"format": 1, "values": []}, "null"), ({"format": 1, "values": [0] + [.1]*10}, "null"), ({"format": 1, "values": [None] + [.1]*9}, r"\(11,\), got \(10,\)"),
+    ({"format": 1, "values": [None] + [.1]*9 + [-.1]}, "got -0.1 at t = 10"), ({"format": 1, "values": [None] + [.1]*9 + ["x"]}, "got 'x'"),
+    ({"format": 1, "values": [None, True] + [.1]*9}, "got True"), ({"format": 1, "values": [None, None] + [.1]*9}, "got None"),
+    ({"format": 1, "values": [None, 10**400] + [.1]*9}, "OverflowError"), ("gone", "needs mse")])
+def test_a_damaged_mse_is_one_line(mse, says, tmp_path, data):
+    replace(build_ddpm(TINY, data), variance="optimal", mse=torch.ones(11)).save(tmp_path)
+    config = json.loads((tmp_path/"config.json").read_text())
+    if mse == "gone": del config["mse"]
+    else: config["mse"] = mse
+    (tmp_path/"config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=f"not a usable configuration.*{says}") as e: DDPM.load(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("change, says", [(dict(variance="optimal"), "needs mse, .*see measure_mse"), (dict(mse=torch.ones(10)), r"\(11,\), got \(10,\)"),
+    (dict(mse=torch.ones(1, 11)), "got"), (dict(mse=torch.full((11,), math.nan)), "got nan at t = 1"), (dict(mse=-torch.ones(11)), "got -1.0 at t = 1"),
+    (dict(mse=torch.tensor([0.]*10 + [math.inf])), "got inf at t = 10")])
+def test_a_ddpm_refuses_what_is_no_mse(change, says, data):
+    with pytest.raises(ValueError, match=says): replace(build_ddpm(TINY, data), **change)
+
+
 @pytest.mark.parametrize("field, value", [("T", 0), ("T", 2.5), ("T", True), ("T", "10"), ("steps", 0), ("batch_size", -1), ("lr", 0.), ("lr", -1.), ("lr", math.inf), ("lr", math.nan), ("warmup", -1),
     ("grad_clip", 0.), ("ema_decay", 1.), ("dropout", 1.), ("seed", -1), ("seed", 2**32), ("mean", "epsilon"), ("variance", "fixed"), ("objective", "mse"),
     ("model", "Transformer"), ("clip", "norm"), ("precision", "float16"), ("shards", 0), ("shards", 3), ("keep_last", 0), ("keep_every", 4), ("steps", 1e3), ("steps", math.inf), ("batch_size", 8.), ("T", math.nan), ("flip", "no"), ("schedule", "cosine"), ("schedule_args", {"beta_T": 1.5}), ("schedule_args", {"beta": .1}), ("log_every", 0), ("sample_every", -1)])
