@@ -53,6 +53,8 @@ class DDPM:
         for what, table in tables.items(): choose(table, what, getattr(self, what))
         _check_levels(self.levels)
         self.shape = tuple(self.shape)
+        if self.mse is not None and self.variance != 'optimal':
+            if len(self.mse) != self.sched.T+1: self.mse = None   # of another schedule
         if self.mse is not None or self.variance == 'optimal':
             self.mse = _check_mse(self.sched, self.mse)       # float64, on the CPU
 
