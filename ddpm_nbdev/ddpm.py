@@ -17,8 +17,8 @@ from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
 from .bound import choose_steps, _count_steps, prior_kl, vlb_terms
-from .decoder import (_check_levels, check_grid, discretized_gaussian_log_likelihood,
-                                to_uint8)
+from .decoder import (_check_levels, check_grid, discretized_gaussian_cdf,
+                                discretized_gaussian_log_likelihood, to_uint8)
 from .files import WeightsError
 from .machines import eval_mode, gather_rows, my_share
 from .noise import indexed_noise, subseed
@@ -99,6 +99,13 @@ class DDPM:
         """log p(x_0 | x_1), eq. 13: the last term of the bound. A subclass may bring a
         stronger one."""
         return discretized_gaussian_log_likelihood(x0, mean, log_variance, self.levels)
+
+    def level_cdf(self,
+        mean:Tensor,         # mu_theta(x_1, 1), any shape
+        log_variance:Tensor, # log sigma_1^2, broadcastable
+    ):                       # int64 array `(..., levels+1)`, from 0 to 2^32
+        "The same decoder as a table of all levels in whole numbers, for a codec."
+        return discretized_gaussian_cdf(mean, log_variance, self.levels)
 
     @torch.no_grad()
     def chain(self,
