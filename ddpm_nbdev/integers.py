@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['PROB_BITS', 'TOTAL', 'normal_cdf', 'increasing']
 
-# %% ../nbs/07b_integers.ipynb #7771defa
+# %% ../nbs/07b_integers.ipynb #12afb2b4
 import math
 
 import numpy as np
 
-# %% ../nbs/07b_integers.ipynb #122eef8a
+# %% ../nbs/07b_integers.ipynb #a13795cf
 PROB_BITS = 32           # probabilities are whole numbers of 2^-32
 TOTAL = 1 << PROB_BITS   # what all symbols have together
 
@@ -29,7 +29,7 @@ def normal_cdf(
     entry, rest = (z >> 8) + _FAR*_STEPS, z & 255
     return _PHI[entry] + (_RISE[entry]*rest >> 8)
 
-# %% ../nbs/07b_integers.ipynb #ba940905
+# %% ../nbs/07b_integers.ipynb #cfab4da4
 def increasing(
     cdf:np.ndarray,  # int64, never falling, 0..2^32: at the inner edges, `(..., n-1)`
     n:int,           # symbols, 1..2^31
