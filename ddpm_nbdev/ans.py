@@ -173,7 +173,7 @@ _TABLE = normal_cdf(np.arange(-8*256, 8*256+1) << 8).tolist()
 _RISE = [b-a for a, b in zip(_TABLE, _TABLE[1:])]
 _LEFT, _RIGHT = -8 << 16, 8 << 16
 _Z = np.arange(-8 << 12, (8 << 12) + 1) << 4
-_GUESS = _Z[normal_cdf(_Z).searchsorted((2*np.arange(4096)+1) << 19)].tolist()   # of u
+_GUESS = _Z[normal_cdf(_Z).searchsorted(np.arange(1, 8192, 2, np.int64) << 19)].tolist()
 
 def _edge(n, middle, scale, low, count, rest, end):
     "`Bins.edges` for one int: NumPy would take ten times as long."
