@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['context', 'mixture_cdf', 'Calibration', 'Calibrated', 'calibrate', 'save_calibration']
 
-# %% ../nbs/14a_calibration.ipynb #9f91685b
+# %% ../nbs/14a_calibration.ipynb #55a3adb3
 import math
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +25,7 @@ from .posterior import _posterior_coefs, posterior_variance
 from .reverse import PMeanVariance
 from .schedule import cast_like, extract
 
-# %% ../nbs/14a_calibration.ipynb #26a8d0e2
+# %% ../nbs/14a_calibration.ipynb #08a7b398
 _VALUES, _CONTRASTS = 24, 8                       # bins of each kind
 _BINS = _VALUES*_CONTRASTS
 _EDGES = [round(81*(std*GRID)**2) for std in np.geomspace(.01, .9, _CONTRASTS-1)]
@@ -44,7 +44,7 @@ def context(
     edges = torch.tensor(_EDGES, device=place.device)
     return value*_CONTRASTS + torch.bucketize(spread, edges)
 
-# %% ../nbs/14a_calibration.ipynb #e47cdc40
+# %% ../nbs/14a_calibration.ipynb #cbede2b1
 def _widths(levels):
     "Standard deviations of the eight Gaussians."
     return np.geomspace(max(.5/(levels-1), .004), .8, 8)
@@ -94,7 +94,7 @@ def mixture_cdf(
     total += np.arange(1, levels)*(TOTAL//levels)*shares[..., 10, None]
     return increasing(total >> 16, levels)
 
-# %% ../nbs/14a_calibration.ipynb #163d91ba
+# %% ../nbs/14a_calibration.ipynb #da18bdb1
 @dataclass
 class Calibration:
     "What the guess x_0-hat says of its own error, at some steps of the chain."
@@ -126,6 +126,15 @@ class Calibration:
         L0[self.steps[:len(self.cost)]] = self.cost
         return best_steps(sched, mse, L0, k, share)
 
+    def rates(self,
+        sched,     # the whole chain's schedule
+    )->Tensor:     # `(n,)` bits/dim; 0 at the last, which is T
+        "What has been sent when x_t has arrived, for each measured t."
+        abar = sched.alpha_bar[self.steps]
+        gain = -(abar/(1-abar)).diff()                   # of the signal-to-noise ratio
+        bits = .5*torch.log1p(gain[:, None]*self.mse[1:])*self.share[1:]/math.log(2)
+        return torch.cat([bits.sum(1).flip(0).cumsum(0).flip(0), abar.new_zeros(1)])
+
 def _bin_means(error, bins, n=_BINS):
     "Mean of each bin and pixels in it; few are drawn to zero, as by five more pixels."
     def add(v): return torch.zeros(n, dtype=torch.float64).index_add_(0, bins, v)
@@ -156,7 +165,7 @@ def _measure(ddpm, x0, t, decode, draws, pixels):
     cost = -(pieces*shares[bins[some]]/65536).sum(1).log().mean()
     return row, (shares, cost)
 
-# %% ../nbs/14a_calibration.ipynb #bf92c399
+# %% ../nbs/14a_calibration.ipynb #90fb6f5e
 @dataclass
 class Calibrated(DDPM):
     "A model whose reverse variance and decoder depend on the guess, by tables."
@@ -252,7 +261,7 @@ def calibrate(
     names = [f.name for f in fields(DDPM)]
     return Calibrated(**{k: getattr(ddpm, k) for k in names}, calibration=tables)
 
-# %% ../nbs/14a_calibration.ipynb #d5fc4965
+# %% ../nbs/14a_calibration.ipynb #9f5766d5
 _KIND = 'ddpm_nbdev calibration 1'
 
 def save_calibration(
