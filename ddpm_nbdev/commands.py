@@ -12,12 +12,13 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Callable
 from functools import wraps
 
 import torch
 from fastcore.docments import docments
 
-from .machines import size
+from .machines import PRECISIONS, rank, size
 from .run import Interrupted
 from .train import ConfigError
 
@@ -156,3 +157,24 @@ def _choose_device(
         raise ValueError(f"device {name!r} cannot be used: "
                          f"{why or 'unknown; try cpu or cuda'}") from e
     return name
+
+# %% ../nbs/19a_commands.ipynb #924e18c6
+def _printer(quiet:bool)->Callable:
+    "Print at once, also where nobody sits at a terminal; only the first process."
+    if quiet or rank(): return lambda *a: None
+    return lambda *a: print(*a, flush=True)
+
+def _check_options(
+    seed:int,      # what the user asked for
+    precision:str,
+    **at_least_1,  # numbers, or None
+):
+    "Raise ConfigError for what can never be right."
+    for name, v in at_least_1.items():
+        if v is not None and v < 1:
+            raise ConfigError(f"{name.replace('_', '-')} must be at least 1, got {v}")
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"seed must be from 0 to 2**32-1, got {seed}")
+    if precision not in PRECISIONS:
+        raise ConfigError(f"unknown precision {precision!r}; known: "
+                          f"{', '.join(PRECISIONS)}")

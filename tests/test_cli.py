@@ -17,7 +17,7 @@ from conftest import Python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm_nbdev import cli, quality
+from ddpm_nbdev import cli, models, quality
 from ddpm_nbdev import train as train_module
 from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
 from ddpm_nbdev.commands import _make_parser, _one_line
@@ -373,7 +373,7 @@ def test_a_network_that_gives_nan_is_an_error(call, run, here, monkeypatch):
     "Finite weights can overflow."
     class Nan(torch.nn.Module):
         def forward(self, xt, t): return xt*float("nan")
-    real = cli.find_model
+    real = models.find_model
     monkeypatch.setattr(cli, "find_model", lambda *a: replace(real(*a), model=Nan()))
     before = contents(run)
     failed(call(ddpm_sample, run, "--n", 1), 1, "not finite")
@@ -520,7 +520,7 @@ def test_resume_is_judged_by_the_settings_of_the_run(call, here):
 
 
 def test_evaluate_asks_for_the_dataset_where_nobody_knows_it(call, here, run, monkeypatch):
-    monkeypatch.setattr(cli, "load_diffusers", lambda name, device: DDPM.from_pretrained("digits"))
+    monkeypatch.setattr(models, "load_diffusers", lambda name, device: DDPM.from_pretrained("digits"))
     failed(call(ddpm_evaluate, "google/ddpm-cifar10-32"), 1, "name it with --dataset")
     status, _, err = call(ddpm_evaluate, run/"checkpoint.safetensors", "--images", 2, "--curve-images", 1, "--out", "a.json")
     assert (status, err) == (0, "") and evaluated(here/"a.json")["test"]["n"] == 2          # a checkpoint knows
@@ -652,7 +652,7 @@ def test_a_diffusers_folder(call, here):
 
 def test_a_name_on_the_hub(call, here, monkeypatch):
     asked = []
-    monkeypatch.setattr(cli, "load_diffusers", lambda name, device: asked.append(name) or DDPM.from_pretrained("digits"))
+    monkeypatch.setattr(models, "load_diffusers", lambda name, device: asked.append(name) or DDPM.from_pretrained("digits"))
     assert call(ddpm_sample, "google/ddpm-cifar10-32", "--n", 1)[0] == 0
     assert asked == ["google/ddpm-cifar10-32"] and (here/"ddpm-cifar10-32_samples.png").exists()
 
