@@ -267,13 +267,14 @@ _KIND = 'ddpm_nbdev calibration 1'
 def save_calibration(
     tables:Calibration, # as measured
     path:str|Path,      # the folder of the model
+    **said:str,         # more for the header of the file, such as whose weights
 ):
     "Write calibration.safetensors, whole or not at all."
     kinds = dict(steps=torch.int64, weights=torch.int32, cost=torch.float64)
     tensors = {f.name: getattr(tables, f.name).to(kinds.get(f.name, torch.float32))
                for f in fields(Calibration)}
     write_whole(Path(path)/'calibration.safetensors',
-                safetensors_bytes(tensors, {'format': _KIND}))
+                safetensors_bytes(tensors, {**said, 'format': _KIND}))
 
 def _read_tables(file, T):
     "The tables in a file. WeightsError if there is anything wrong with them."

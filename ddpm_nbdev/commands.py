@@ -67,12 +67,16 @@ def _make_parser(
     rest = [n for n, p in inspect.signature(func).parameters.items() if p.kind is var]
     for name, p in docments(func, full=True, returns=False).items():
         if name in rest: continue
+        flags = [*['-o']*(name == 'out'), _flag(name)]
         if p.default is empty:
-            parser.add_argument(name, type=p.anno, help=p.docment, metavar=name.upper())
+            many = typing.get_origin(p.anno) is list            # list[str]: one or more
+            kw = dict(type=typing.get_args(p.anno)[0], nargs='+') if many \
+                 else dict(type=p.anno)
+            parser.add_argument(name, help=p.docment, metavar=name.upper(), **kw)
         elif p.anno is bool:
-            parser.add_argument(_flag(name), action='store_true', help=p.docment)
+            parser.add_argument(*flags, action='store_true', help=p.docment)
         else:
-            parser.add_argument(_flag(name), type=p.anno, default=p.default,
+            parser.add_argument(*flags, type=p.anno, default=p.default,
                                 help=p.docment, metavar=p.anno.__name__.upper())
     comments = docments(settings, full=True) if settings else {}
     for name in offered.split():
@@ -129,12 +133,13 @@ def command(
 
 # %% ../nbs/19a_commands.ipynb #deee9638
 def _run_by_name(
-    commands:dict, # by name
+    commands:dict,     # by name
+    module:str='cli',  # where they are
 ):
     "Run the command that the command line names; usage and status 2 if it names none."
     name = ''.join(sys.argv[1:2]).removeprefix('ddpm_')
     if name not in commands:
-        print(f"usage: python -m ddpm_nbdev.cli {{{','.join(commands)}}} ... "
+        print(f"usage: python -m ddpm_nbdev.{module} {{{','.join(commands)}}} ... "
               "(--help after one of them says more)", file=sys.stderr)
         sys.exit(2)
     sys.argv = sys.argv[1:]
