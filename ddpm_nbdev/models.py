@@ -6,35 +6,51 @@
 __all__ = ['find_model']
 
 # %% ../nbs/19b_models.ipynb #69a67e02
+from collections.abc import Callable
+from importlib.resources import files
 from pathlib import Path
 
+from .calibration import Calibrated, _read_tables, calibrate, save_calibration
 from .data import Dataset, load_dataset
 from .ddpm import DDPM
-from .files import WeightsError
+from .files import WeightsError, read_header
 from .machines import fast_layout
 from .pretrained import _is_diffusers, load_diffusers
-from .saved import checkpoint_header
+from .progressive import fingerprints
+from .saved import _shipped, checkpoint_header
 
 # %% ../nbs/19b_models.ipynb #61890c87
+def _ours(path):
+    "Is it a checkpoint, or a folder that holds a model of this package?"
+    names = 'model.safetensors', 'checkpoint.safetensors'
+    return path.is_file() or any((path/name).exists() for name in names)
+
+def _home(
+    what:str,   # a run, a checkpoint, a diffusers folder or hub name, a shipped model
+)->Path|None:   # a folder or a checkpoint; None: somewhere on the hub
+    "Where a model is. WeightsError if nowhere."
+    folder = Path(what)
+    if _ours(folder) or _is_diffusers(folder): return folder
+    if what.count('/') == 1 and not folder.parent.is_dir(): return None   # owner/name
+    if folder.is_dir() and len(folder.parts) != 1:
+        raise WeightsError(f"{folder}: no model.safetensors and no "
+                           "checkpoint.safetensors there, so no trained model")
+    try: return _shipped(what)
+    except WeightsError as e:
+        raise WeightsError(f"{e}; and there is no run in a folder {what}") from e
+
+def _load(what, device):
+    "A model as its file has it."
+    home = _home(what)
+    if home and _ours(home): return DDPM.load(home, device)
+    return load_diffusers(what, device)
+
 def find_model(
     what:str,   # a run, a checkpoint, a diffusers folder or hub name, a shipped model
     device:str, # where to put it
 )->DDPM:
     "A trained model; a folder that holds one goes before a name. WeightsError if none."
-    folder = Path(what)
-    files = [folder/name for name in ('model.safetensors', 'checkpoint.safetensors')]
-    hub = what.count('/') == 1 and not folder.parent.is_dir()             # owner/name
-    if folder.is_file() or any(f.exists() for f in files):
-        ddpm = DDPM.load(folder, device)
-    elif _is_diffusers(folder) or hub and not folder.is_dir():
-        ddpm = load_diffusers(what, device)
-    elif folder.is_dir() and len(folder.parts) != 1:
-        raise WeightsError(f"{folder}: no model.safetensors and no "
-                           "checkpoint.safetensors there, so no trained model")
-    else:
-        try: ddpm = DDPM.from_pretrained(what, device)
-        except WeightsError as e:
-            raise WeightsError(f"{e}; and there is no run in a folder {what}") from e
+    ddpm = _load(what, device)
     fast_layout(ddpm.model)
     return ddpm
 
@@ -59,6 +75,46 @@ def _data_of(
                          f"{data.levels} levels, the model is for {ddpm.shape} with "
                          f"{ddpm.levels} levels")
     return data
+
+# %% ../nbs/19b_models.ipynb #1e8031f4
+def _tables_of(
+    what:str,  # a folder with a model, or a shipped model
+    ddpm:DDPM, # the model
+)->Calibrated|None:
+    "A model with the tables that are beside it; None if there are none of its weights."
+    home = _home(what)
+    if home is None or not home.is_dir():
+        raise WeightsError(f"{what}: tables for the codec are kept in the folder of a "
+                           "model, so --model must name one, such as that of a run")
+    file = home/'calibration.safetensors'
+    if not file.is_file(): return None
+    mine = fingerprints(ddpm)[0].hex()
+    if read_header(file).get('weights', mine) != mine: return None
+    return Calibrated(ddpm.model, **ddpm.settings,
+                      calibration=_read_tables(file, ddpm.sched.T))
+
+def _calibrated(
+    what:str,          # a folder with a model, or a shipped model
+    ddpm:DDPM,         # the model
+    dataset:str|None,  # what it was trained on; None: what it says itself
+    data_dir:str|None, # where the dataset's files are
+    say:Callable,      # prints
+    progress=None,     # wraps the steps of a measurement
+)->Calibrated:
+    "A model with its tables; where there are none, they are measured, then kept."
+    if found := _tables_of(what, ddpm): return found
+    data = _data_of(what, dataset, ddpm, data_dir)
+    say(f"note: {what} has no tables yet of how wrong its guesses are; measuring them "
+        f"on images of {data.name}, once")
+    found = calibrate(ddpm, data.train, progress=progress)
+    mine = fingerprints(ddpm)[0].hex()
+    save_calibration(found.calibration, _home(what), weights=mine)
+    return found
+
+def _shipped_models()->list[str]:
+    "The names of the models in the package."
+    home = Path(str(files('ddpm_nbdev')))/'weights'
+    return sorted(p.parent.name for p in home.glob('*/config.json'))
 
 # %% ../nbs/19b_models.ipynb #fa7b88f6
 def _free_name(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprints', 'compress', 'decompress', 'send', 'receive']
 
-# %% ../nbs/16_progressive.ipynb #6ed2145a
+# %% ../nbs/16_progressive.ipynb #2f5a9d00
 import copy
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from .noise import indexed_noise
 from .posterior import _posterior_coefs, posterior_variance
 from .reverse import PMeanVariance
 
-# %% ../nbs/16_progressive.ipynb #67c39323
+# %% ../nbs/16_progressive.ipynb #527080a7
 _GRID_MEANS = Bins.parts                           # means are rounded to w/64
 
 def _bin_widths(sched):
@@ -83,7 +83,7 @@ class _Exact:
         "N(0, I) on the grid of x_K."
         return Bins(np.zeros(size, np.int64), _in_bins(1., self.width[self.K]))
 
-# %% ../nbs/16_progressive.ipynb #c666cf7a
+# %% ../nbs/16_progressive.ipynb #312a9cb3
 def _put(exact, stack, images, seed, place):
     "Bits-back: write some images onto the stack; uint8 `(b, d)`."
     b, levels = len(images), exact.ddpm.levels
@@ -110,7 +110,7 @@ def _take(exact, stack, b, seed, place):
         n = below
     return below
 
-# %% ../nbs/16_progressive.ipynb #5685445d
+# %% ../nbs/16_progressive.ipynb #a1421882
 _MOST_LANES = 2**20   # places side by side, at most, if there is more than one image
 
 def _check_uint8(ddpm, images):
@@ -211,7 +211,7 @@ def decompress(
                          "or this machine rounds otherwise than the sender's")
     return torch.cat(out[::-1]).view(-1, *header.shape)
 
-# %% ../nbs/16_progressive.ipynb #748e0256
+# %% ../nbs/16_progressive.ipynb #71f8ab02
 _CANDIDATES = 256      # a byte names one of so many
 _CHUNK = 6.4           # bits that a chunk of an image is expected to need, about
 _STEP = 4.5            # bits an image from one step to the next, at least
@@ -279,7 +279,7 @@ def _receive_step(exact, x, names, out, index, k, key):
             z[i] = torch.where(chunk[i] == j, noise, z[i])
     return _step_down(sched, out, k, z)
 
-# %% ../nbs/16_progressive.ipynb #2516af8f
+# %% ../nbs/16_progressive.ipynb #80b7df72
 _MOST_PLACES = 2**26       # of all images of a progressive file, whose x_t are kept
 
 def _first_noise(index, key, shape):
@@ -339,22 +339,22 @@ def receive(
     x = [_first_noise(i, header.seed, header.shape) for i in few]
     for k in range(exact.K, 0, -1):
         outs = [exact.guess(v, k) for v in x]
-        preview = torch.cat([out.x0 for out in outs])
-        if watch: watch(at, preview)
+        preview, moved = torch.cat([out.x0 for out in outs]), []
+        if watch: watch(at, preview.float())
         if k == 1: break
         for j, i in enumerate(few):
             _, number = _chunks(exact.ddpm.sched, outs[j], k)
-            ends = at + number.cumsum(0)
-            whole = int((ends <= len(body)).sum())      # images whose bytes are there
-            starts = [at, *ends.tolist()]
-            names = [body[a:b] for a, b in zip(starts, starts[1:])][:whole]
+            ends = (at + number.cumsum(0)).tolist()
+            whole = sum(end <= len(body) for end in ends)   # images whose bytes are there
+            names = [body[a:b] for a, b in zip([at, *ends], ends[:whole])]
             if whole:
                 some = PMeanVariance(*(v[:whole] for v in outs[j]))
                 new = _receive_step(exact, x[j][:whole], names, some, i, k, header.seed)
-                x[j] = torch.cat([new, x[j][whole:]])
-                preview[i[:whole]] = exact.guess(new, k-1).x0
-            at = starts[whole]
-            if whole < len(i): return preview.float(), None
+                moved.append((i[:whole], new))
+                x[j], at = torch.cat([new, x[j][whole:]]), ends[whole-1]
+            if whole < len(i):                              # the file ends here
+                for i, new in moved: preview[i] = exact.guess(new, k-1).x0
+                return preview.float(), None
     if missing: return preview.float(), None
     stack, levels = Stack.from_bytes(body[at:], 0), []
     for out in outs: levels.append(pop_table(stack, exact.levels(out)))
