@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fingerprints', 'compress', 'decompress', 'send', 'receive']
 
-# %% ../nbs/16_progressive.ipynb #2f5a9d00
+# %% ../nbs/16_progressive.ipynb #df4c02dd
 import copy
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ from .noise import indexed_noise
 from .posterior import _posterior_coefs, posterior_variance
 from .reverse import PMeanVariance
 
-# %% ../nbs/16_progressive.ipynb #527080a7
+# %% ../nbs/16_progressive.ipynb #486285c6
 _GRID_MEANS = Bins.parts                           # means are rounded to w/64
 
 def _bin_widths(sched):
@@ -83,7 +83,7 @@ class _Exact:
         "N(0, I) on the grid of x_K."
         return Bins(np.zeros(size, np.int64), _in_bins(1., self.width[self.K]))
 
-# %% ../nbs/16_progressive.ipynb #312a9cb3
+# %% ../nbs/16_progressive.ipynb #19fbd444
 def _put(exact, stack, images, seed, place):
     "Bits-back: write some images onto the stack; uint8 `(b, d)`."
     b, levels = len(images), exact.ddpm.levels
@@ -110,7 +110,7 @@ def _take(exact, stack, b, seed, place):
         n = below
     return below
 
-# %% ../nbs/16_progressive.ipynb #a1421882
+# %% ../nbs/16_progressive.ipynb #df7af406
 _MOST_LANES = 2**20   # places side by side, at most, if there is more than one image
 
 def _check_uint8(ddpm, images):
@@ -211,7 +211,7 @@ def decompress(
                          "or this machine rounds otherwise than the sender's")
     return torch.cat(out[::-1]).view(-1, *header.shape)
 
-# %% ../nbs/16_progressive.ipynb #71f8ab02
+# %% ../nbs/16_progressive.ipynb #55ed5285
 _CANDIDATES = 256      # a byte names one of so many
 _CHUNK = 6.4           # bits that a chunk of an image is expected to need, about
 _STEP = 4.5            # bits an image from one step to the next, at least
@@ -279,7 +279,7 @@ def _receive_step(exact, x, names, out, index, k, key):
             z[i] = torch.where(chunk[i] == j, noise, z[i])
     return _step_down(sched, out, k, z)
 
-# %% ../nbs/16_progressive.ipynb #80b7df72
+# %% ../nbs/16_progressive.ipynb #f7c2df96
 _MOST_PLACES = 2**26       # of all images of a progressive file, whose x_t are kept
 
 def _first_noise(index, key, shape):

@@ -1,4 +1,4 @@
-"benchmarks/speed.py runs and prints what it promises; how long anything takes is never tested."
+"benchmarks/speed.py and codec.py run and print what they promise; how long anything takes is never tested."
 import importlib
 import json
 import re
@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -84,7 +85,7 @@ def test_the_readme_is_what_the_saved_rows_print(part, capsys):
     rows = json.loads((ROOT/"benchmarks/results/cpu_avx2.json").read_text())["rows"]
     for group in ROWS: part("table").print_table(group, [r for r in rows if r["group"] == group], markdown=True)
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert printed == [line for line in (ROOT/"benchmarks/README.md").read_text().split("## Result")[1].splitlines() if line.startswith("|")]
+    assert printed == [line for line in (ROOT/"benchmarks/README.md").read_text().split("## Result")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
 
 
 def test_rounds_are_interleaved(part):
@@ -94,3 +95,56 @@ def test_rounds_are_interleaved(part):
     times = timing.interleaved({"a": (lambda: calls.append("a"), 3), "b": (lambda: calls.append("b"), 3), "slow": (lambda: calls.append("slow"), 1)}, s)
     assert calls == ["a", "a", "b", "b"] + ["a", "b", "slow", "a", "b", "a", "b"]     # two calls to warm up
     assert {k: len(v) for k, v in times.items()} == {"a": 3, "b": 3, "slow": 1}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    "What codec.py printed for four digits, and what it wrote."
+    path = tmp_path_factory.mktemp("codec")/"codec.json"
+    command = [sys.executable, ROOT/"benchmarks/codec.py", "--images", "4", "--steps", "3", "--seeds", "2", "--markdown", "--json", path]
+    run = subprocess.run(command, text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout, json.loads(path.read_text())
+
+
+def test_every_format_is_measured_or_named(files):
+    text, saved = files
+    for part, names in (("lossless", ("PNG", "WebP", "JPEG XL", "xz", "bz2", "ours, lossless", "ours, progressive")), ("lossy", ("JPEG", "WebP", "JPEG XL"))):
+        for name in names:
+            rows = [r for r in saved[part] if r["what"] == name]
+            assert all(r.get("bytes") for r in rows) if "skipped" not in rows[0] else name in ("WebP", "JPEG XL"), rows
+            assert f"| {name} |" in text
+            if part == "lossless" and "skipped" not in rows[0]: assert [r.get("files") for r in rows] == [None, 4]      # one file, and one for each
+    for r in saved["lossless"]:
+        if "bytes" in r: assert r["bits_per_dim"] == pytest.approx(8*r["bytes"]/(64*saved["images"]))
+
+
+def test_our_files_bits_add_up(files):
+    "Net bits, start-up, header and the head of the stack are the file, but for its last word."
+    rows = {r["what"]: r for r in files[1]["lossless"] if r["what"].startswith("ours") and "files" not in r}
+    r, dims = rows["ours, lossless"], 64*files[1]["images"]
+    rest = 8*(r["bytes"]-r["header"]) - r["start_up_bits"] - r["net"]*dims
+    assert 0 <= rest <= 128
+    assert abs(r["net"]-r["bound"]) < 5*r["bound_of_one_draw"] + .3
+    curve = rows["ours, progressive"]["curve"]
+    assert curve[0][0] == rows["ours, progressive"]["header"] and curve[-1][0] < rows["ours, progressive"]["bytes"] and curve[-1][1] < curve[0][1]/10
+
+
+def test_arrangements_hold_every_image(part):
+    "Each arrangement has all gray levels that the images have, each as often (a grid is filled up with black)."
+    codec, x = part("codec"), np.random.default_rng(0).integers(0, 17, (23, 8, 8)).astype(np.uint8)
+    for name, a in codec.arrangements(x, 17).items():
+        want = x if name.startswith("0..16") else np.array([round(k*255/16) for k in range(17)])[x]
+        assert (np.bincount(a.ravel(), minlength=256)[1:] == np.bincount(want.ravel(), minlength=256)[1:]).all(), name
+    grid = codec.sheet(x, 20)
+    assert grid.shape == (16, 160) and (grid[8:, 8:16] == x[21]).all() and (grid[:8, -8:] == x[19]).all()
+
+
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+def test_the_readme_shows_the_saved_files(part, capsys, name):
+    "The tables of benchmarks/README.md about files, line by line."
+    saved = json.loads((ROOT/f"benchmarks/results/codec_{name}.json").read_text())
+    part("codec").print_tables(saved, markdown=True)
+    tables = capsys.readouterr().out.strip()
+    assert tables in (ROOT/"benchmarks/README.md").read_text()
+    assert saved["images"] == {"digits": 360, "fashion_mnist": 200}[name] and not any("skipped" in r for r in saved["lossless"]+saved["lossy"])
