@@ -21,8 +21,9 @@ from .commands import (_check_options, _choose_device, _printer, _run_by_name,
                                  command)
 from .data import Dataset, load_dataset
 from .ddpm import DDPM, draw_samples
-from .files import read_metrics, write_json, write_whole
-from .likelihood import Likelihood, evaluate_bits_per_dim, rate_distortion
+from .files import read_json, read_metrics, write_json, write_whole
+from .likelihood import (Likelihood, best_steps, decoder_costs, even_steps,
+                                   evaluate_bits_per_dim, measure_mse, rate_distortion, stride)
 from .machines import (PRECISIONS, LowPrecision, join_processes, rank, size,
                                  sum_over_processes)
 from .models import _chain_name, _data_of, _free_name, find_model
@@ -30,7 +31,7 @@ from .quality import report
 from .run import (Interrupted, _can_show_progress, _check_folder, _restarted,
                             _resume_command, _save_curve, _save_samples, _settings_of_run,
                             only_writer, train)
-from .saved import checkpoint_header, current_weights
+from .saved import _mse_to_config, checkpoint_header, current_weights
 from .train import ConfigError, TrainConfig, _changed
 from .train import preset as preset_settings
 
@@ -231,12 +232,34 @@ def _output_of_sampling(what, out, steps_shown, overwrite):
             raise ValueError(f"{path} exists: choose another --out, or --overwrite it")
     return out
 
+_CHOSEN = 'beta', 'beta_tilde', 'optimal'    # variances that need no other network
+
+def _chain_of_sampling(
+    ddpm:DDPM,           # as it was trained
+    steps:int|None,      # how many to use; None: all
+    variance:str|None,   # as asked for
+)->tuple[DDPM,list[int]]:  # what is sampled from, which t its x_0, x_1, ... have
+    "A shorter chain, or another variance. ValueError if the model has none such."
+    learned = ddpm.variance == 'learned'
+    if variance and learned:
+        raise ValueError("this model has learned its variance: none can be chosen")
+    if variance == 'optimal' and ddpm.mse is None:
+        raise ValueError("nobody has measured yet how wrong this model's guesses are, "
+                         "which the optimal variance needs; ddpm_evaluate does, and "
+                         "keeps it in a run's folder")
+    if steps and not learned: variance = variance or 'beta_tilde'
+    if variance: ddpm = replace(ddpm, variance=variance)
+    kept = even_steps(ddpm.sched.T, steps or ddpm.sched.T)
+    return stride(ddpm, kept), [0, *kept]
+
 # %% ../nbs/20_cli.ipynb #67e9543c
 @command
 def ddpm_sample(
     what:str,              # a run, checkpoint, diffusers model, digits, fashion_mnist
     n:int=None,            # how many images (default: 64, on a slow device fewer)
     seed:int=0,            # same seed, same images (default 0)
+    steps_used:int=None,   # only so many steps, and then beta_tilde (default: all)
+    variance:str=None,     # of a step: beta, beta_tilde, optimal (default: the model's)
     steps_shown:int=0,     # draw also the way from noise to image, at so many moments
     batch_size:int=256,    # images at a time; no image depends on it (default 256)
     precision:str='float32', # float32 (default), or bfloat16 (for hardware made for it)
@@ -249,17 +272,20 @@ def ddpm_sample(
     folder from diffusers or its name on the hub, or a model that ships with the
     package. A .safetensors file holds them as one uint8 tensor. Under torchrun, each
     process draws its share."""
-    _check_options(seed, precision, n=n, batch_size=batch_size)
+    _check_options(seed, precision, n=n, batch_size=batch_size, steps_used=steps_used)
+    if variance not in (None, *_CHOSEN):
+        raise ConfigError(f"unknown variance {variance!r}; known: {', '.join(_CHOSEN)}")
     out = _output_of_sampling(what, out, steps_shown, overwrite)
     join_processes()
     ddpm, say = find_model(what, _choose_device(device)), _printer(quiet)
     if precision != 'float32':
         ddpm = replace(ddpm, model=LowPrecision(ddpm.model, PRECISIONS[precision]))
-    T, n = ddpm.sched.T, _how_many(ddpm, n, '--n', say)
-    if steps_shown > T+1:
-        raise ValueError(f"the chain of this model has {T+1} moments, {steps_shown} "
+    ddpm, kept = _chain_of_sampling(ddpm, steps_used, variance)
+    K, n = ddpm.sched.T, _how_many(ddpm, n, '--n', say)
+    if steps_shown > K+1:
+        raise ValueError(f"the chain of this model has {K+1} moments, {steps_shown} "
                          "cannot be shown")
-    moments = [round(T*i/(steps_shown-1)) for i in range(steps_shown)]
+    moments = [round(K*i/(steps_shown-1)) for i in range(steps_shown)]
     shown, start = [], time.perf_counter()
     watch = lambda t, x: shown.append(x[:8].cpu()) if t in moments else None
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -269,12 +295,13 @@ def ddpm_sample(
     if out.suffix.lower() == '.png': _save_samples(samples, out, ddpm.levels)
     else: write_whole(out, safetensors_bytes({'images': samples}))
     seconds = time.perf_counter()-start
-    say(f"{n} sample{'s'*(n != 1)} of {what}, {T} steps, in {seconds:.1f} s")
+    used = f"{K} of {kept[-1]}" if K < kept[-1] else K
+    say(f"{n} sample{'s'*(n != 1)} of {what}, {used} steps, in {seconds:.1f} s")
     say(f"wrote {out}")
     if shown:
         chain = torch.stack(shown, 1).flatten(0, 1)
         _save_samples(chain, _chain_name(out), ddpm.levels, ncol=steps_shown)
-        times = ' '.join(map(str, reversed(moments)))
+        times = ' '.join(str(kept[m]) for m in reversed(moments))
         say(f"wrote {_chain_name(out)}, t = {times}")
     return out
 
@@ -298,16 +325,43 @@ def _table(what, found):
                      f"{r.L_0:11.3f}{r.L_T+r.L_mid:11.3f}{_rmse(r):9.2f}{r.n:9}")
     return '\n'.join(lines)
 
+def _summary(r):
+    "The numbers of a table's row."
+    left_out = 'terms', 'errors', 'mse', 'counts'
+    kept = {k: v for k, v in r.to_dict().items() if k not in left_out}
+    return kept | {'rmse': _rmse(r)}
+
 def _numbers(found, curve, T, exact, steps, seed):
     "What `ddpm_evaluate` writes."
-    def summary(r):
-        left_out = 'terms', 'errors', 'mse', 'counts'
-        kept = {k: v for k, v in r.to_dict().items() if k not in left_out}
-        return kept | {'rmse': _rmse(r)}
     arrays = {k: v.tolist() for k, v in rate_distortion(curve).items()}
-    return {**{part: summary(r) for part, r in found.items()},
+    return {**{part: _summary(r) for part, r in found.items()},
             'steps_per_image': T if exact else min(steps+1, T), 'seed': seed,
             'curve': {'images': curve.n, 'terms': curve.to_dict()['terms'], **arrays}}
+
+# %% ../nbs/20_cli.ipynb #ad8759d6
+def _with_mse(ddpm, train, calls, again, progress):
+    "The model with the optimal variance; on how many images that was measured, or 0."
+    if ddpm.mse is not None and not again: return replace(ddpm, variance='optimal'), 0
+    x0 = train[:min(256, max(16, calls//min(128, ddpm.sched.T)))]
+    mse = measure_mse(ddpm, x0, progress=progress)
+    return replace(ddpm, variance='optimal', mse=mse), len(x0)
+
+def _keep_mse(what, mse, weights):
+    "Add the measured error to a run's config.json; False if these are not its weights."
+    config = Path(what)/'config.json'
+    whole = weights and weights[0].name == 'model.safetensors' and config.is_file()
+    if not whole or _weights_now(what) != weights: return False
+    try: write_json(config, read_json(config) | {'mse': _mse_to_config(mse)})
+    except OSError: return False                    # a folder that cannot be changed
+    return True
+
+def _short_chain(best, train, calls, steps=20):
+    "The best so many steps with the optimal variance; None if there are no more."
+    T = best.sched.T
+    if T <= steps: return None
+    x0, last = train[:min(128, max(8, calls//256))], min(64, T)
+    L0 = decoder_costs(best, x0, last)
+    return best_steps(best.sched.to('cpu'), best.mse, L0, steps)[0]
 
 # %% ../nbs/20_cli.ipynb #adf11a85
 @command
@@ -318,6 +372,7 @@ def ddpm_evaluate(
     exact:bool=False,      # every t for every image instead
     images:int=None,       # how many of the training and test images (default: all)
     curve_images:int=16,   # test images taken at every t, for the curve (default 16)
+    measure:bool=False,    # measure anew how wrong x_0-hat is, if that is known already
     seed:int=0,            # of the noise (default 0)
     precision:str='float32', # inside the network: float32 (default) or bfloat16
     data_dir:str=None,     # folder of the dataset (default: $DDPM_DATA, or download)
@@ -341,14 +396,23 @@ def ddpm_evaluate(
         raise ValueError(f"{path} is not a file of metrics: choose another --out")
     low = None if precision == 'float32' else PRECISIONS[precision]
     progress = not quiet and _can_show_progress()
-    def measure(x, k):
+    def bits(ddpm, x, k):
         return evaluate_bits_per_dim(ddpm, x, torch.Generator().manual_seed(seed), k,
                                      autocast=low, progress=progress)
-    parts, k = {'train': data.train, 'test': data.test}, None if exact else steps
-    found = {part: measure(x[:images], k) for part, x in parts.items()}
-    curve = found['test'] if exact else measure(data.test[:curve_images], None)
-    T = ddpm.sched.T
+    train, test, k = data.train[:images], data.test[:images], None if exact else steps
+    found = {'train': bits(ddpm, train, k), 'test': bits(ddpm, test, k)}
+    curve = found['test'] if exact else bits(ddpm, data.test[:curve_images], None)
+    T, better, n = ddpm.sched.T, {}, 0
     evaluation = _numbers(found, curve, T, exact, steps, seed)
+    if ddpm.variance != 'learned':
+        calls = sum(int(r.counts[1:].sum()) for r in (*found.values(), curve))
+        best, n = _with_mse(ddpm, data.train, calls, measure, progress)
+        better['optimal variance'] = r = bits(best, test, k)
+        evaluation['optimal'] = {'test': _summary(r)}
+        if kept := _short_chain(best, data.train, calls):
+            better[f'the best {len(kept)} steps with it'] = r = bits(stride(best, kept),
+                                                                     test, None)
+            evaluation['short_chain'] = {'steps': kept, 'test': _summary(r)}
     evaluation['seconds'] = round(time.perf_counter()-start, 1)
     if rank(): return evaluation
     if not out and _weights_now(what) != weights:
@@ -356,9 +420,14 @@ def ddpm_evaluate(
         say(f"note: the run in {what} went on meanwhile; its metrics.json stays")
     write_json(path, {**(read_metrics(path) or {}), 'evaluation': evaluation})
     say(f"\n{_table(what, found)}")
+    say(', '.join(f"{name}: test {r.total:.3f}" for name, r in better.items()))
     late = int((rate_distortion(curve)['rate'] < curve.total/2).sum())
     say(f"half of the bits are received after {late} of {T} reverse steps "
         f"({curve.n} image{'s'*(curve.n != 1)} at every step)")
+    if n:
+        done = _keep_mse(what, best.mse, weights)
+        kept = f"kept in {what}/config.json" if done else "not kept"
+        say(f"the error of x_0-hat was measured on {n} training images, {kept}")
     say(f"{evaluation['seconds']:.0f} s; wrote {path}")
     return evaluation
 

@@ -26,6 +26,7 @@ from ddpm_nbdev.ddpm import DDPM, draw_samples
 from ddpm_nbdev.decoder import to_model_range
 from ddpm_nbdev.quality import digit_classifier
 from ddpm_nbdev.files import read_log
+from ddpm_nbdev.likelihood import measure_mse
 from ddpm_nbdev.run import _restarted
 from ddpm_nbdev.saved import read_checkpoint
 from ddpm_nbdev.train import TrainConfig, load_checkpoint
@@ -204,6 +205,21 @@ def test_sample_options(call, here, finished):
     assert a == b != c
 
 
+def test_fewer_steps(call, here, finished):
+    "All of them with the model's own variance are the model; fewer are another chain."
+    def draw(name, *args): return call(ddpm_sample, finished, "--n", 9, "--out", name, *args)
+    assert draw("a.png")[0] == draw("b.png", "--variance", "beta")[0] == draw("c.png", "--steps-used", 4, "--variance", "beta")[0] == 0
+    assert (here/"a.png").read_bytes() == (here/"b.png").read_bytes() == (here/"c.png").read_bytes()
+    status, out, err = draw("d.png", "--steps-used", 2, "--steps-shown", 3)
+    assert (status, err) == (0, "") and "9 samples" in out and "2 of 4 steps, in" in out and "d_chain.png, t = 4 2 0" in out
+    assert draw("e.png", "--steps-used", 2, "--variance", "beta_tilde")[0] == 0
+    assert (here/"e.png").read_bytes() == (here/"d.png").read_bytes() != (here/"a.png").read_bytes()
+    failed(draw("f.png", "--steps-used", 5), 1, "from 1 to 4 steps can be kept, got 5")
+    failed(draw("f.png", "--steps-used", 2, "--steps-shown", 4), 1, "has 3 moments")
+    failed(draw("f.png", "--variance", "optimal"), 1, "nobody has measured yet")
+    assert not (here/"f.png").exists()
+
+
 def test_chain_ends_in_the_samples(finished):
     ddpm, seen = DDPM.load(finished), []
     x = draw_samples(ddpm, 5, watch=lambda t, x: seen.append((t, x)))
@@ -255,7 +271,8 @@ def test_train_wrong_usage(args, said, call, here):
 
 
 @pytest.mark.parametrize("args, said", [(["--n", 0], "n must be at least 1"), (["--seed", -1], "seed must be"), (["--steps-shown", 1], "steps-shown must be"),
-                                        (["--steps-shown", -2], "steps-shown must be"), (["--out", "x.jpg"], ".png"), (["--n", "x"], "invalid int")])
+                                        (["--steps-shown", -2], "steps-shown must be"), (["--out", "x.jpg"], ".png"), (["--n", "x"], "invalid int"),
+                                        (["--steps-used", 0], "steps-used must be"), (["--variance", "learned"], "unknown variance 'learned'; known: beta, beta_tilde, optimal")])
 def test_sample_wrong_usage(args, said, call, here, finished):
     failed(call(ddpm_sample, finished, *args), 2, said)
     assert not list(here.iterdir())
@@ -622,7 +639,7 @@ def test_samples_as_a_tensor(call, here, finished):
     failed(call(ddpm_sample, finished, "--out", "x.safetensors"), 1, "x.safetensors exists")
 
 
-def test_bfloat16(call, here, finished, monkeypatch):
+def test_bfloat16(call, here, run, monkeypatch):
     "A trained network in twenty long steps, so that there is something to round."
     from ddpm_nbdev.schedule import linear_schedule
     short = replace(DDPM.from_pretrained("digits"), sched=linear_schedule(20, 5e-3, .5))
@@ -632,10 +649,10 @@ def test_bfloat16(call, here, finished, monkeypatch):
         assert call(ddpm_sample, "digits", "--n", 4, "--out", "full.safetensors")[0] == 0
     low, full = (load_file(here/f"{n}.safetensors")["images"].float() for n in ("low", "full"))
     assert 0 < (low-full).abs().mean() < 1                        # of 16 gray levels
-    failed(call(ddpm_sample, finished, "--precision", "int8"), 2, "unknown precision 'int8'; known: float32, bfloat16")
-    failed(call(ddpm_evaluate, finished, "--precision", "int8"), 2, "unknown precision")
-    assert call(ddpm_evaluate, finished, "--images", 4, "--curve-images", 1, "--precision", "bfloat16", "--out", "low.json")[0] == 0
-    assert call(ddpm_evaluate, finished, "--images", 4, "--curve-images", 1, "--out", "full.json")[0] == 0
+    failed(call(ddpm_sample, run, "--precision", "int8"), 2, "unknown precision 'int8'; known: float32, bfloat16")
+    failed(call(ddpm_evaluate, run, "--precision", "int8"), 2, "unknown precision")
+    assert call(ddpm_evaluate, run, "--images", 4, "--curve-images", 1, "--precision", "bfloat16", "--out", "low.json")[0] == 0
+    assert call(ddpm_evaluate, run, "--images", 4, "--curve-images", 1, "--out", "full.json")[0] == 0
     low, full = (evaluated(here/f"{n}.json")["test"]["total"] for n in ("low", "full"))
     assert low != full and low == pytest.approx(full, rel=.02)
 
@@ -712,11 +729,38 @@ def test_evaluate_adds_to_the_metrics_of_a_run(call, run):
     assert len(found["curve"]["rate"]) == 4 and found["steps_per_image"] == 4
 
 
+def test_evaluate_keeps_the_measured_error(call, run, here):
+    "Once, in config.json, where nothing else changes; anew when that is asked for; not for weights that have no config."
+    args = ["--images", 6, "--curve-images", 1]
+    config, others = json.loads((run/"config.json").read_text()), {k: v for k, v in contents(run).items() if k not in ("config.json", "metrics.json")}
+    failed(call(ddpm_sample, run, "--variance", "optimal"), 1, "nobody has measured yet")
+    status, out, _ = call(ddpm_evaluate, run, *args)
+    after = json.loads((run/"config.json").read_text())
+    mse = after.pop("mse")["values"]
+    assert status == 0 and f"kept in {run}/config.json" in out and after == config and list(after) == list(config)
+    assert {k: v for k, v in contents(run).items() if k not in ("config.json", "metrics.json")} == others
+    assert mse[0] is None and len(mse) == 5 and torch.allclose(DDPM.load(run).mse[1:], measure_mse(DDPM.load(run), load_dataset("digits").train[:16])[1:], rtol=1e-4)
+    found = evaluated(run/"metrics.json")
+    optimal = replace(DDPM.load(run), variance="optimal").bits_per_dim(to_model_range(load_dataset("digits").test[:6], 17), torch.Generator().manual_seed(0))
+    assert found["optimal"]["test"]["total"] == pytest.approx(optimal.total.mean().item(), rel=1e-5) and "short_chain" not in found
+    before = contents(run)["config.json"]
+    assert "training images" not in call(ddpm_evaluate, run, *args)[1]
+    assert "on 16 training images, kept" in call(ddpm_evaluate, run, *args, "--measure")[1] and contents(run)["config.json"] == before
+    assert call(ddpm_sample, run, "--variance", "optimal", "--n", 2)[0] == 0
+    (run/"model.safetensors").unlink()
+    assert "on 16 training images, not kept\n" in call(ddpm_evaluate, run, *args)[1] and contents(run)["config.json"] == before
+    ddpm_train("digits", steps=5, out=str(run), resume=True, quiet=True)
+    assert "mse" not in json.loads((run/"config.json").read_text())                # of other weights
+
+
 def test_evaluate_shipped_model_writes_beside_what_is_there(call, here):
     (here/"digits_metrics.json").write_text("mine")
     status, out, err = call(ddpm_evaluate, "digits", "--images", 2, "--steps", 1, "--curve-images", 1)
     assert (status, err) == (0, "") and (here/"digits_metrics.json").read_text() == "mine"
-    assert evaluated(here/"digits_metrics_2.json")["test"]["n"] == 2
+    found = evaluated(here/"digits_metrics_2.json")
+    assert found["test"]["n"] == 2 and len(found["short_chain"]["steps"]) == 20 and found["short_chain"]["steps"][-1] == 1000
+    optimal, short = (found[k]["test"]["total"] for k in ("optimal", "short_chain"))
+    assert f"optimal variance: test {optimal:.3f}, the best 20 steps with it: test {short:.3f}" in out
 
 
 @pytest.mark.parametrize("args, status, says", [
