@@ -202,7 +202,8 @@ def pop_bins(
     turn:np.ndarray|int=0,   # as in `push_bins`
 )->np.ndarray:               # int64 `(places,)`
     "Read what `push_bins` wrote, the first place first. CodecError if the stack ends."
-    out, end, drop, turn = [], bins.end, stack.drop, np.broadcast_to(turn, bins.low.shape)
+    out, end, drop = [], bins.end, stack.drop
+    turn = np.broadcast_to(turn, bins.low.shape)
     columns = (bins.center+_HALF, bins.scale, bins.low, bins.count, bins.rest, turn)
     for middle, scale, low, count, rest, r in zip(*(a.tolist() for a in columns)):
         u = stack.head + r & _MASK

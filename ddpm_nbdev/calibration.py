@@ -173,7 +173,8 @@ class Calibrated(DDPM):
 
     def _original(self, t):
         "The steps of the whole chain that belong to steps of a strided one."
-        return self.model.steps.to(t.device)[t] if isinstance(self.model, Strided) else t
+        if not isinstance(self.model, Strided): return t
+        return self.model.steps.to(t.device)[t]
 
     def p(self,
         xt:Tensor,      # noised images, `(b, c, h, w)`
@@ -189,7 +190,8 @@ class Calibrated(DDPM):
         x0, last = place/GRID, cast_like((t == 1).double(), place.double())
         right = x0.clamp(-1, 1) + tables.shift.to(here)[row, bins]
         x0 = torch.where(last == 1, x0.double(), right)
-        coef_x0, coef_xt = (cast_like(c, right) for c in _posterior_coefs(self.sched, t))
+        coefs = _posterior_coefs(self.sched, t)
+        coef_x0, coef_xt = (cast_like(c, right) for c in coefs)
         mean = coef_x0*x0 + coef_xt*xt.double()
         variance = (extract(posterior_variance(self.sched), t, right)
                     + coef_x0**2*tables.mse.to(here)[row, bins])
@@ -289,12 +291,13 @@ def _read_tables(file, T):
     shapes = dict(steps=(n,), shift=(n, _BINS), mse=(n, _BINS), share=(n, _BINS),
                   weights=(m, _BINS, 11), cost=(m,))
     for name, shape in shapes.items():
-        check(tuple(found[name].shape) == shape, f"{name} has another shape than {shape}")
+        check(tuple(found[name].shape) == shape, f"the shape of {name} is not {shape}")
     check(1 <= m <= n and not steps.is_floating_point(), "too few steps")
     check((steps.diff() > 0).all() and steps[0] >= 1 and steps[-1] == T,
           f"steps must rise from at least 1 to T = {T}")
     check((weights >= 1).all() and (weights.sum(-1) == 65536).all(), "wrong weights")
     check((found['mse'] > 0).all() and (found['share'] >= 0).all(), "negative numbers")
-    check((found['mse'] < 100).all() and (found['shift'].abs() < 10).all(), "absurd numbers")
+    check((found['mse'] < 100).all(), "an absurd error")
+    check((found['shift'].abs() < 10).all(), "an absurd shift")
     kinds = dict(steps=steps.long(), weights=weights)
     return Calibration(**{k: kinds.get(k, v.double()) for k, v in found.items()})

@@ -106,7 +106,7 @@ def _below(
     std,              # standard deviation, a float or an array, broadcastable
 )->np.ndarray:        # int64, 0..2^32
     "How much of a Gaussian lies below an edge, in whole numbers."
-    scale = np.rint(65536/np.maximum(std, 1e-5)).astype(np.int64)  # of one standard dev.
+    scale = np.rint(65536/np.maximum(std, 1e-5)).astype(np.int64)   # of one std
     return normal_cdf((edge - (place << 6))*scale >> 20)
 
 def discretized_gaussian_cdf(

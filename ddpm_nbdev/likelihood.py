@@ -191,7 +191,8 @@ def stride(
     abar = ddpm.sched.alpha_bar[kept.to(ddpm.sched.alpha_bar.device)]
     alpha = torch.cat([abar[:1], abar[1:]/abar[:-1]])
     model = ddpm.model
-    if isinstance(model, Strided): model, steps = model.model, model.steps[kept[1:]].tolist()
+    if isinstance(model, Strided):
+        model, steps = model.model, model.steps[kept[1:]].tolist()
     return replace(ddpm, model=Strided(model, steps), mse=None if ddpm.mse is None
                    else ddpm.mse[kept], sched=NoiseSchedule(1-alpha, alpha, abar))
 
@@ -235,11 +236,11 @@ def _path_costs(sched, mse, share, ts):
 
 def best_steps(
     sched:NoiseSchedule,     # of the whole chain
-    mse:Tensor,              # `(T+1,)`, or `(T+1, bins)`; a row of NaN: never stop there
+    mse:Tensor,              # `(T+1,)`, or `(T+1, bins)`; NaN: do not stop there
     L0:Tensor,               # `(T+1,)` nats per dimension, as `decoder_costs` gives
     k:int,                   # how many steps to keep
     share:Tensor|None=None,  # `(T+1, bins)`: how much of the image is in each bin
-)->tuple[list[int],float]:   # the steps, ascending; their expected bits/dim, without L_T
+)->tuple[list[int],float]:   # the steps, ascending; expected bits/dim, but for L_T
     """The k steps that need the fewest bits with the optimal variance, found by dynamic
     programming. ValueError if no chain of k steps exists."""
     mse = mse.reshape(len(mse), -1)
@@ -248,8 +249,10 @@ def best_steps(
     known[0] = False
     ts = known.nonzero().flatten()
     if not 1 <= k <= len(ts) or ts[-1] != sched.T:
-        raise ValueError(f"from 1 to {len(ts)} of the measured steps can be kept, got {k}")
-    cost, total, back = _path_costs(sched, mse, share, ts), L0[ts].nan_to_num(math.inf), []
+        raise ValueError(f"from 1 to {len(ts)} of the measured steps can be kept, "
+                         f"got {k}")
+    cost, back = _path_costs(sched, mse, share, ts), []
+    total = L0[ts].nan_to_num(math.inf)
     for _ in range(k-1):
         total, come_from = (cost + total).min(1)
         back.append(come_from)

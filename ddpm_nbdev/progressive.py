@@ -30,8 +30,8 @@ _GRID_MEANS = Bins.parts                           # means are rounded to w/64
 
 def _bin_widths(sched):
     "The grid of x_1..x_K, at [1..K]: powers of two, about half of the smallest sigma."
-    sigma = sched.beta[1:].sqrt()                                   # of q(x_k | x_{k-1})
-    sigma_p = posterior_variance(sched)[2:].sqrt()                  # p's is not smaller
+    sigma = sched.beta[1:].sqrt()                             # of q(x_k | x_{k-1})
+    sigma_p = posterior_variance(sched)[2:].sqrt()            # p's is not smaller
     least = torch.minimum(sigma, torch.cat([sigma_p, torch.ones(1)]))
     return [0., *(2.**math.floor(math.log2(v/2)) for v in least.tolist())]
 
@@ -51,8 +51,8 @@ class _Exact:
         if isinstance(model, nn.Module): model = model.to('cpu', torch.float64).eval()
         ddpm = replace(ddpm, model=model, sched=ddpm.sched.to('cpu'))
         self.ddpm = stride(ddpm, steps)
-        self.K, self.shape = self.ddpm.sched.T, self.ddpm.shape
-        self.beta, self.width = self.ddpm.sched.beta.tolist(), _bin_widths(self.ddpm.sched)
+        sched, self.shape = self.ddpm.sched, self.ddpm.shape
+        self.K, self.beta, self.width = sched.T, sched.beta.tolist(), _bin_widths(sched)
 
     @torch.no_grad()
     def guess(self, x, k):
@@ -60,7 +60,7 @@ class _Exact:
         return self.ddpm.p(x, torch.full((len(x),), k))
 
     def p(self, n, k):
-        "p(x_{k-1} | x_k) on the grid, for n `(b, d)`; k > 1. At k = 1 a table of levels."
+        "p(x_{k-1} | x_k) on the grid, for n `(b, d)`; at k = 1 a table of levels."
         x = torch.from_numpy(n*self.width[k]).view(-1, *self.shape)
         out = self.guess(x, k)
         if k == 1: return self.levels(out)
@@ -178,8 +178,8 @@ def _opened(ddpm, data):
     header, body, missing = unpack(data)
     check_fits(header, *fingerprints(ddpm), ddpm.shape, ddpm.levels)
     if header.steps[-1] != ddpm.sched.T:
-        raise CodecError(f"made for a chain of {header.steps[-1]} steps, the model's has "
-                         f"{ddpm.sched.T}")
+        raise CodecError(f"made for a chain of {header.steps[-1]} steps, "
+                         f"the model's has {ddpm.sched.T}")
     return header, body, missing
 
 def decompress(
@@ -193,8 +193,8 @@ def decompress(
     if header.kind == 'progressive':
         images = receive(ddpm, data)[1]
         if images is None:
-            raise CodecError(f"cut off: {missing:,} bytes are missing; what is there is "
-                             "a preview (`receive`)")
+            raise CodecError(f"cut off: {missing:,} bytes are missing; what is there "
+                             "is a preview (`receive`)")
         return images
     most, places = _seed_words(header), header.lanes*math.prod(header.shape)
     if header.below > most or header.lanes > 1 and places > _MOST_LANES:
@@ -207,8 +207,8 @@ def decompress(
         out.append(torch.from_numpy(images.astype(np.uint8)))
         if watch: watch(header.count-i, header.count)
     if not stack.is_seed(most, header.seed):
-        raise CodecError("the bits to start from did not come back: the file is damaged, "
-                         "or this machine rounds otherwise than the sender's")
+        raise CodecError("the bits to start from did not come back: the file is "
+                         "damaged, or this machine rounds otherwise than the sender's")
     return torch.cat(out[::-1]).view(-1, *header.shape)
 
 # %% ../nbs/16_progressive.ipynb #55ed5285
@@ -345,7 +345,7 @@ def receive(
         for j, i in enumerate(few):
             _, number = _chunks(exact.ddpm.sched, outs[j], k)
             ends = (at + number.cumsum(0)).tolist()
-            whole = sum(end <= len(body) for end in ends)   # images whose bytes are there
+            whole = sum(end <= len(body) for end in ends)  # images with all bytes there
             names = [body[a:b] for a, b in zip([at, *ends], ends[:whole])]
             if whole:
                 some = PMeanVariance(*(v[:whole] for v in outs[j]))
