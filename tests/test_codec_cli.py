@@ -12,25 +12,27 @@ from conftest import Python
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm_nbdev import models
+from ddpm_nbdev import formats, models
 from ddpm_nbdev.calibration import calibrate
 from ddpm_nbdev.cli import ddpm_train
 from ddpm_nbdev.codec_cli import _grays, _sheet, ddpm_compress, ddpm_decompress
 from ddpm_nbdev.commands import _make_parser
 from ddpm_nbdev.container import unpack
 from ddpm_nbdev.data import load_dataset
+from ddpm_nbdev.formats import _Progress
 from ddpm_nbdev.progressive import compress, send
 from ddpm_nbdev.saved import _shipped
 
 torch.set_num_threads(1)
-N = 24
+N, SHOW = 24, _Progress.show
 IMAGES = load_dataset("digits").test[:N]
 
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
-    "An empty current folder, and a quick look at a network's errors."
+    "An empty current folder, a quick look at a network's errors, and no line of progress, which a busy machine would show."
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_Progress, "show", lambda self: None)
     monkeypatch.setattr(models, "calibrate", partial(calibrate, points=12, pixels=15_000))
     return tmp_path
 
@@ -134,6 +136,21 @@ def test_what_is_printed(call, here):
     assert call(ddpm_compress, "digits", "--images", 3, "--steps", 4, "--split", "train", "--quiet")[0] == 0       # a free name
     assert call(ddpm_decompress, "digits_2.ddpm", "--quiet") == (0, "", "")
     assert torch.equal(pictures(here/"digits_2"), load_dataset("digits").train[:3])
+
+
+def test_progress(call, here, monkeypatch):
+    "Images or steps, and bytes so far; nothing with --quiet."
+    clock = iter(range(0, 10**6, 60))
+    monkeypatch.setattr(formats.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(_Progress, "show", SHOW)
+    def said(command, *args): return call(command, *args)[2].replace("\r", "\n").split("\n")
+    lines = said(ddpm_compress, "digits", "--images", 3, "--steps", 2, "-o", "a.ddpm")
+    assert [line.partition(": ")[2] for line in lines if line] == ["1 of 3 images", "2 of 3 images", "3 of 3 images", "3 of 3 images"]
+    assert re.fullmatch(r"compressing, \d+ bytes so far: 3 of 3 images", lines[-2])
+    assert said(ddpm_decompress, "a.ddpm")[-2] == "decompressing: 3 of 3 images"
+    assert re.fullmatch(r"compressing, \d+ bytes so far: \d of \d steps", said(ddpm_compress, "digits", "--images", 3, "--steps", 4, "--progressive", "-o", "b.ddpm")[-2])
+    assert re.fullmatch(r"decompressing: \d+ of \d+ bytes", said(ddpm_decompress, "b.ddpm")[-2])
+    assert call(ddpm_compress, "digits", "--images", 1, "--steps", 2, "--quiet") == (0, "", "")
 
 
 def test_info(call, coded, here):
