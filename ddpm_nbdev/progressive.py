@@ -251,7 +251,7 @@ def _even_bits(ddpm, steps):
 
 @torch.no_grad()
 def _send_step(exact, x, x0, index, k, key):
-    "Algorithm 3, line 2, for some images: bytes of each, and x_{k-1}."
+    "Algorithm 3, line 3, for some images: bytes of each, and x_{k-1}."
     sched, out = exact.ddpm.sched, exact.guess(x, k)
     chunk, number = _chunks(sched, out, k)
     coef_x0, coef_xt = (c.item() for c in _posterior_coefs(sched, torch.tensor([k])))
