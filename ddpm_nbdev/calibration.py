@@ -248,8 +248,8 @@ def calibrate(
     if len(x0) == 0: raise ValueError("there is no image to measure on")
     T = ddpm.sched.T
     x0 = x0[:max(1, -(-pixels//x0[0].numel()))]
-    draws = max(1, round(pixels/x0.numel()))
-    ts = np.geomspace(max(1, T//250), T, min(points, T)).round().astype(int)
+    draws = min(64, max(1, round(pixels/x0.numel())))
+    ts = np.geomspace(max(1, T//250), T, min(max(points, 2), T)).round().astype(int)
     ts, last = np.unique(ts).tolist(), max(1, T*64//1000)
     rows, decoders = [], []
     with eval_mode(ddpm.model):

@@ -57,7 +57,10 @@ class _Exact:
     @torch.no_grad()
     def guess(self, x, k):
         "The network once: p(x_{k-1} | x_k), float64, for x `(b, c, h, w)`."
-        return self.ddpm.p(x, torch.full((len(x),), k))
+        out = self.ddpm.p(x, torch.full((len(x),), k))
+        if not out.mean.isfinite().all() or not (out.log_variance < math.inf).all():
+            raise CodecError("the network gave a value that is not finite")
+        return out
 
     def p(self, n, k):
         "p(x_{k-1} | x_k) on the grid, for n `(b, d)`; at k = 1 a table of levels."

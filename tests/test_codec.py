@@ -4,6 +4,7 @@ import random
 
 import numpy as np
 import pytest
+import torch
 
 from ddpm_nbdev.ans import Bins, CodecError, Stack, pop_bins, pop_table, push_bins, push_table
 from ddpm_nbdev.integers import TOTAL, increasing, normal_cdf
@@ -192,3 +193,53 @@ def test_a_stack_that_runs_dry_says_so():
 @pytest.mark.parametrize("data", [b"", bytes(11), bytes(12), bytes(13), b"\xff"*14, bytes(8) + b"\0\0\0\0" + bytes(8)])
 def test_bytes_that_are_no_stack(data):
     with pytest.raises(CodecError, match="the file is damaged"): Stack.from_bytes(data, 0)
+
+
+# ---- the codec itself (page 16), where its page does not look
+
+@pytest.fixture(scope="module")
+def toy():
+    from ddpm_nbdev.ddpm import DDPM
+    from ddpm_nbdev.schedule import linear_schedule
+    from ddpm_nbdev.toy import GaussianMixture, exact_denoiser
+    sched = linear_schedule(40, .0025, .4)
+    return DDPM(exact_denoiser(GaussianMixture([1.], [[.2, -.1]], [[.3, .2]]), sched), sched, (2,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("write", ["compress", "send"])
+def test_a_broken_network_writes_nothing(toy, write, value):
+    "The clamp turns some infinities into edges; what it lets through must be refused, never coded."
+    from dataclasses import replace
+    from ddpm_nbdev import progressive
+    broken = replace(toy, model=lambda x, t: x*0 + value, mean="mu")
+    with pytest.raises(ValueError, match="not finite|far from all images"):
+        getattr(progressive, write)(broken, torch.zeros(3, 2, dtype=torch.uint8), 4)
+
+
+@pytest.mark.parametrize("steps", [[40], [7, 40], list(range(1, 41)), 1, 5])
+@pytest.mark.parametrize("n, lanes", [(1, 1), (7, 3), (5, 99)])
+def test_round_trip_of_any_steps_and_lanes(toy, steps, n, lanes):
+    from ddpm_nbdev.progressive import compress, decompress, receive, send
+    x = torch.randint(256, (n, 2), generator=torch.Generator().manual_seed(n), dtype=torch.uint8)
+    assert torch.equal(decompress(toy, compress(toy, x, steps, lanes)), x)
+    assert torch.equal(receive(toy, send(toy, x, steps))[1], x)
+
+
+def test_the_stack_grows_by_the_bound(toy):
+    "Over three seeds, where sigma^2 = beta is too wide: draws from a stack that is not random would cost a third of a bit more."
+    from ddpm_nbdev.decoder import to_model_range, to_uint8
+    from ddpm_nbdev.likelihood import stride
+    from ddpm_nbdev.progressive import compress
+    from ddpm_nbdev.toy import GaussianMixture
+    cloud = GaussianMixture([1.], [[.2, -.1]], [[.3, .2]])
+    x = to_uint8(cloud.sample(200, torch.Generator().manual_seed(2)).clamp(-1, 1))
+    steps, grown = [2, 6, 12, 20, 30, 40], []
+    for seed in range(3):
+        told = []
+        compress(toy, x, steps, seed=seed, watch=lambda n, bits: told.append(bits))
+        grown.append(torch.tensor(told).double().diff(prepend=torch.zeros(1).double())/2)
+    grown = torch.stack(grown)
+    bound = torch.stack([stride(toy, steps).bits_per_dim(to_model_range(x), torch.Generator().manual_seed(s)).total for s in range(3)])
+    error = ((grown.mean(0)-bound.mean(0)).std()/200**.5).item()           # paired: the same points
+    assert abs(grown.mean()-bound.mean()) < 4*error < .3
