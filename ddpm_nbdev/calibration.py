@@ -19,7 +19,7 @@ from .ddpm import DDPM
 from .decoder import GRID, _below, _level_edges, on_grid, to_model_range
 from .files import WeightsError, read_header, read_weights, write_whole
 from .integers import TOTAL, increasing
-from .likelihood import Strided, _noised, best_steps, stride
+from .likelihood import _kept_steps, _noised, best_steps, stride
 from .machines import eval_mode
 from .posterior import _posterior_coefs, posterior_variance
 from .reverse import PMeanVariance
@@ -173,8 +173,8 @@ class Calibrated(DDPM):
 
     def _original(self, t):
         "The steps of the whole chain that belong to steps of a strided one."
-        if not isinstance(self.model, Strided): return t
-        return self.model.steps.to(t.device)[t]
+        kept = _kept_steps(self.model)
+        return t if kept is None else kept.to(t.device)[t]
 
     def p(self,
         xt:Tensor,      # noised images, `(b, c, h, w)`
@@ -246,10 +246,13 @@ def calibrate(
 )->Calibrated:           # the same network with tables
     "Measure how wrong the network's guesses are. ValueError for no images."
     if len(x0) == 0: raise ValueError("there is no image to measure on")
+    if points < 2 or pixels < 3:
+        raise ValueError("at least 2 points and 3 pixels are needed, "
+                         f"got points={points}, pixels={pixels}")
     T = ddpm.sched.T
     x0 = x0[:max(1, -(-pixels//x0[0].numel()))]
     draws = min(64, max(1, round(pixels/x0.numel())))
-    ts = np.geomspace(max(1, T//250), T, min(max(points, 2), T)).round().astype(int)
+    ts = np.geomspace(max(1, T//250), T, min(points, T)).round().astype(int)
     ts, last = np.unique(ts).tolist(), max(1, T*64//1000)
     rows, decoders = [], []
     with eval_mode(ddpm.model):
@@ -265,6 +268,7 @@ def calibrate(
 
 # %% ../nbs/14a_calibration.ipynb #9f5766d5
 _KIND = 'ddpm_nbdev calibration 1'
+_TYPES = dict(steps=torch.int64, weights=torch.int32, cost=torch.float64)
 
 def save_calibration(
     tables:Calibration, # as measured
@@ -272,8 +276,7 @@ def save_calibration(
     **said:str,         # more for the header of the file, such as whose weights
 ):
     "Write calibration.safetensors, whole or not at all."
-    kinds = dict(steps=torch.int64, weights=torch.int32, cost=torch.float64)
-    tensors = {f.name: getattr(tables, f.name).to(kinds.get(f.name, torch.float32))
+    tensors = {f.name: getattr(tables, f.name).to(_TYPES.get(f.name, torch.float32))
                for f in fields(Calibration)}
     write_whole(Path(path)/'calibration.safetensors',
                 safetensors_bytes(tensors, {**said, 'format': _KIND}))
@@ -286,16 +289,22 @@ def _read_tables(file, T):
     found = read_weights(file)
     names = {f.name for f in fields(Calibration)}
     check(found.keys() == names, f"it should hold {', '.join(sorted(names))}")
+    for name, v in found.items():
+        kind = _TYPES.get(name, torch.float32)
+        check(v.dtype == kind, f"{name} must be {kind}, and is {v.dtype}")
     steps, weights = found['steps'], found['weights'].long()
     n, m = len(steps) if steps.ndim == 1 else 0, len(weights) if weights.ndim else 0
     shapes = dict(steps=(n,), shift=(n, _BINS), mse=(n, _BINS), share=(n, _BINS),
                   weights=(m, _BINS, 11), cost=(m,))
     for name, shape in shapes.items():
         check(tuple(found[name].shape) == shape, f"the shape of {name} is not {shape}")
-    check(1 <= m <= n and not steps.is_floating_point(), "too few steps")
+    check(1 <= m <= n, "too few steps")
     check((steps.diff() > 0).all() and steps[0] >= 1 and steps[-1] == T,
           f"steps must rise from at least 1 to T = {T}")
-    check((weights >= 1).all() and (weights.sum(-1) == 65536).all(), "wrong weights")
+    fits = (weights >= 1).all() and (weights.sum(-1) == 65536).all()
+    check(fits and (weights <= 65536).all(), "wrong weights")
+    check((found['cost'] >= 0).all(), "a negative cost")
+    check(((found['share'].sum(1)-1).abs() < .01).all(), "shares that are no shares")
     check((found['mse'] > 0).all() and (found['share'] >= 0).all(), "negative numbers")
     check((found['mse'] < 100).all(), "an absurd error")
     check((found['shift'].abs() < 10).all(), "an absurd shift")

@@ -116,6 +116,7 @@ def discretized_gaussian_cdf(
 )->np.ndarray:           # int64 `(..., levels+1)`, from 0 to 2^32, rising
     "The decoder p(x_0 | x_1), eq. 13, as a table of all levels in whole numbers."
     _check_levels(levels)
+    if log_variance.isnan().any(): raise ValueError("a variance is not a number")
     log_std = (.5*log_variance.double()).expand(mean.shape).cpu().numpy()
     std = np.exp2(np.rint(log_std/np.log(2)*256)/256)              # rounded as well
     place = on_grid(mean).cpu().numpy()

@@ -139,9 +139,12 @@ def measure_mse(
     """The mean squared error of x_0-hat (clamped) at every t, which the optimal
     variance needs. ValueError for no images, data off the grid, or a network that gives
     what is not finite."""
-    if len(x0) == 0: raise ValueError("there is no image to measure on")
     T, n = ddpm.sched.T, len(x0)
     if index is None: index = torch.arange(n)
+    if n == 0 or min(points, batch_size) < 1 or len(index) != n:
+        raise ValueError("there must be images to measure on, a place for each, and at "
+                         f"least 1 point and batch: got {n} images, {len(index)} places, "
+                         f"points={points}, batch_size={batch_size}")
     ts = np.unique(np.geomspace(1, T, min(points, T)).round().astype(int))
     found = torch.zeros(len(ts), dtype=torch.float64)
     with eval_mode(ddpm.model):
@@ -170,9 +173,18 @@ class Strided(nn.Module):
     def forward(self, xt, t):
         return self.model(xt, self.steps.to(t.device)[t])
 
+def _kept_steps(model):
+    "The steps of the whole chain that a strided network is called with, or None."
+    while not isinstance(model, Strided) and hasattr(model, 'model'):
+        model = model.model                         # behind another precision, say
+    return model.steps if isinstance(model, Strided) else None
+
 def _check_kept(T, steps):
     "The steps that are kept as a list. ValueError unless ascending, in 1..T, T last."
-    steps = [int(t) for t in steps]
+    try: given, steps = list(steps), [int(t) for t in steps]
+    except (TypeError, ValueError, OverflowError): given, steps = steps, []
+    if steps and any(isinstance(t, str) or t != k for t, k in zip(given, steps)):
+        raise ValueError(f"steps must be whole numbers, got {given}")
     rises = all(a < b for a, b in zip([0, *steps], steps))
     if not steps or not rises or steps[-1] != T:
         raise ValueError(f"steps must rise from at least 1 to T = {T}, got {steps}")
@@ -213,8 +225,11 @@ def decoder_costs(
     key:int=1,              # names the stream of noise
     batch_size:int=512,     # images per network call
 )->Tensor:                  # `(T+1,)` nats per dimension; infinite where not tried
-    "L_0 for a chain whose first step is t: the decoder takes over there."
+    """L_0 for a chain whose first step is t: the decoder takes over there. ValueError
+    for no images, or a network that gives what is not finite."""
     T, n = ddpm.sched.T, len(x0)
+    if n == 0 or batch_size < 1:
+        raise ValueError(f"there must be images and a batch, got {n} and {batch_size}")
     costs, index = torch.full((T+1,), math.inf, dtype=torch.float64), torch.arange(n)
     for t in range(1, min(last, T)+1):
         d, total = stride(ddpm, [t, T] if t < T else [T]), 0.
@@ -223,6 +238,8 @@ def decoder_costs(
                 nats, _ = vlb_terms(d.sched, d.p, d.decoder, x, one, noise)
                 total += nats.double().sum().item()
         costs[t] = total/n
+        if not costs[t].isfinite():
+            raise ValueError(f"the network gave a value that is not finite, at t = {t}")
     return costs
 
 def _path_costs(sched, mse, share, ts):
@@ -252,7 +269,7 @@ def best_steps(
         raise ValueError(f"from 1 to {len(ts)} of the measured steps can be kept, "
                          f"got {k}")
     cost, back = _path_costs(sched, mse, share, ts), []
-    total = L0[ts].nan_to_num(math.inf)
+    total = torch.where(L0[ts].isfinite(), L0[ts], math.inf)
     for _ in range(k-1):
         total, come_from = (cost + total).min(1)
         back.append(come_from)

@@ -20,7 +20,7 @@ from .ans import (Bins, CodecError, Stack, pop_bins, pop_table, push_bins,
 from .container import Header, check_fits, fingerprint, pack, unpack
 from .ddpm import DDPM
 from .integers import normal_cdf
-from .likelihood import even_steps, stride
+from .likelihood import _check_kept, _kept_steps, even_steps, stride
 from .noise import indexed_noise
 from .posterior import _posterior_coefs, posterior_variance
 from .reverse import PMeanVariance
@@ -114,7 +114,7 @@ def _take(exact, stack, b, seed, place):
     return below
 
 # %% ../nbs/16_progressive.ipynb #df7af406
-_MOST_LANES = 2**20   # places side by side, at most, if there is more than one image
+_MOST_LANES = 2**16   # places side by side, at most, if there is more than one image
 
 def _check_uint8(ddpm, images):
     "ValueError, in one line, for anything that is not images of this model."
@@ -140,14 +140,31 @@ def fingerprints(
     if ddpm.variance == 'optimal': tables.append(ddpm.mse)
     said = f"{ddpm.mean} {ddpm.variance} {type(ddpm).__name__}".encode()
     phi = normal_cdf(np.arange(-8*256, 8*256+1) << 8)
-    return fingerprint(*weights), fingerprint(said, phi, ddpm.sched.alpha_bar, *tables)
+    abar = (ddpm.sched.alpha_bar.cpu()*2**40).round().long()    # processors may differ
+    return fingerprint(*weights), fingerprint(said, phi, abar, *tables)
 
-def _chosen(ddpm, steps):
-    "A list of steps: as given, or k of them, the best that the tables know."
-    if not isinstance(steps, int): return list(steps)
+def _tables(ddpm):
+    "The tables from which steps can be chosen, or None."
     tables = getattr(ddpm, 'calibration', None)
-    if tables is None: return even_steps(ddpm.sched.T, steps)
-    return tables.best_steps(ddpm.sched, steps)[0]
+    return tables if _kept_steps(ddpm.model) is None else None
+
+def _best(ddpm, k):
+    "The best k steps that the tables know, or k even ones; fewer if there are fewer."
+    tables, T = _tables(ddpm), ddpm.sched.T
+    if tables is None: return even_steps(T, min(k, T))
+    return tables.best_steps(ddpm.sched, min(k, len(tables.steps)))[0]
+
+def _chosen(ddpm, steps, choose):
+    "A list of steps: as given, or k of them. ValueError for anything else."
+    number = isinstance(steps, (int, np.integer)) and not isinstance(steps, bool)
+    return _check_kept(ddpm.sched.T, choose(ddpm, int(steps)) if number else steps)
+
+def _check_number(name, v, least, most):
+    "ValueError unless it is a whole number in its range."
+    whole = isinstance(v, (int, np.integer)) and not isinstance(v, bool)
+    if not whole or not least <= v <= most:
+        raise ValueError(f"{name} must be a whole number from {least} to {most}, "
+                         f"got {v}")
 
 def _seed_words(header): return 2*header.lanes*math.prod(header.shape) + 16
 
@@ -163,12 +180,14 @@ def compress(
     bits-back coding over the chain, as many bits as eq. 5 says. ValueError for images
     that do not fit the model, or steps that are none."""
     _check_uint8(ddpm, images)
-    lanes, steps = min(lanes, len(images)), _chosen(ddpm, steps)
-    if not 1 <= lanes <= max(1, _MOST_LANES//images[0].numel()):
-        raise ValueError(f"lanes must be from 1 to {_MOST_LANES//images[0].numel()}")
+    _check_number('seed', seed, 0, 2**32-1)
+    _check_number('lanes', lanes, 1, max(len(images), _MOST_LANES))
+    lanes = min(lanes, len(images), max(1, _MOST_LANES//images[0].numel()))
+    steps = _chosen(ddpm, steps, _best)
     model, tables = fingerprints(ddpm)
     header = Header('lossless', model, tables, tuple(steps), ddpm.shape, ddpm.levels,
                     len(images), lanes, 0, seed)
+    pack(header, b'')                                # can all that be said in a file?
     exact, stack = _Exact(ddpm, steps), Stack.seeded(_seed_words(header), seed)
     x, start = images.flatten(1).cpu().numpy().astype(np.int64), stack.bits
     for i in range(0, len(x), lanes):
@@ -183,6 +202,10 @@ def _opened(ddpm, data):
     if header.steps[-1] != ddpm.sched.T:
         raise CodecError(f"made for a chain of {header.steps[-1]} steps, "
                          f"the model's has {ddpm.sched.T}")
+    if (tables := _tables(ddpm)) is not None:
+        unknown = set(header.steps) - set(tables.steps.tolist())
+        if unknown or header.steps[0] not in tables.steps[:len(tables.cost)]:
+            raise CodecError("damaged header: steps that the tables do not know")
     return header, body, missing
 
 def decompress(
@@ -228,7 +251,8 @@ def _rounded_noise(key, index, k, candidate, like):
 def _chunks(sched, out, k):
     "To which chunk each place belongs, `(b, d)`, and how many an image has, `(b,)`."
     tilde = posterior_variance(sched)[k]
-    worth = (.5*(out.log_variance.flatten(1) - tilde.log())/math.log(2)).clamp(min=0)
+    worth = .5*(out.log_variance.flatten(1) - tilde.log())/math.log(2)
+    worth = worth.clamp(0, 64)
     worth = (worth*65536).round().long() + 1                 # bits, in whole numbers
     total, upto = worth.sum(1, keepdim=True), worth.cumsum(1)
     number = ((total + round(_CHUNK*32768))//round(_CHUNK*65536)).clamp(min=1)
@@ -239,12 +263,11 @@ def _step_down(sched, out, k, z):
     x = out.mean + posterior_variance(sched)[k].sqrt()*z.view_as(out.mean)
     return (x*2**20).round()/2**20
 
-def _even_bits(ddpm, steps):
-    "As given; or of the measured ones at most k, at even distances in bits."
-    tables = getattr(ddpm, 'calibration', None)
-    if not isinstance(steps, int): return list(steps)
-    if tables is None: return even_steps(ddpm.sched.T, steps)
-    k = min(steps, len(tables.steps))
+def _even_bits(ddpm, k):
+    "Of the measured steps at most k, at even distances in bits."
+    tables, T = _tables(ddpm), ddpm.sched.T
+    if tables is None: return even_steps(T, min(k, T))
+    k = min(k, len(tables.steps))
     stop = tables.best_steps(ddpm.sched, min(k, 10))[0][0]        # the decoder's turn
     first, rates = tables.row(stop), tables.rates(ddpm.sched)*math.prod(ddpm.shape)
     k = max(1, min(k, round(rates[first].item()/_STEP)))
@@ -307,9 +330,11 @@ def send(
     if images.numel() > _MOST_PLACES:
         raise ValueError(f"a progressive file holds up to {_MOST_PLACES:,} pixels, got "
                          f"{images.numel():,}: make several, or a lossless one")
-    steps, (model, tables) = _even_bits(ddpm, steps), fingerprints(ddpm)
+    _check_number('seed', seed, 0, 2**32-1)
+    steps, (model, tables) = _chosen(ddpm, steps, _even_bits), fingerprints(ddpm)
     header = Header('progressive', model, tables, tuple(steps), ddpm.shape, ddpm.levels,
                     len(images), 1, 0, seed)
+    pack(header, b'')                                # can all that be said in a file?
     exact, body, stack = _Exact(ddpm, steps), bytearray(), Stack()
     x0 = images.cpu().double()/((ddpm.levels-1)/2) - 1
     few = _few(len(images), images[0].numel())
@@ -338,6 +363,9 @@ def receive(
     rounds = n*(len(header.steps)-1)                    # a byte for each, at least
     if n*places > _MOST_PLACES or rounds > len(body)+missing:
         raise CodecError("damaged header: its numbers do not fit each other")
+    if n > max(256, len(body)):
+        raise CodecError(f"cut off: of {n:,} images only {len(body):,} bytes are "
+                         "there, too few to begin with")
     exact, few = _Exact(ddpm, header.steps), _few(n, places)
     x = [_first_noise(i, header.seed, header.shape) for i in few]
     for k in range(exact.K, 0, -1):
@@ -356,6 +384,8 @@ def receive(
                 moved.append((i[:whole], new))
                 x[j], at = torch.cat([new, x[j][whole:]]), ends[whole-1]
             if whole < len(i):                              # the file ends here
+                if not missing:
+                    raise CodecError("damaged: it ends before its images do")
                 for i, new in moved: preview[i] = exact.guess(new, k-1).x0
                 return preview.float(), None
     if missing: return preview.float(), None

@@ -243,3 +243,74 @@ def test_the_stack_grows_by_the_bound(toy):
     bound = torch.stack([stride(toy, steps).bits_per_dim(to_model_range(x), torch.Generator().manual_seed(s)).total for s in range(3)])
     error = ((grown.mean(0)-bound.mean(0)).std()/200**.5).item()           # paired: the same points
     assert abs(grown.mean()-bound.mean()) < 4*error < .3
+
+
+@pytest.fixture(scope="module")
+def digits():
+    from ddpm_nbdev.calibration import Calibrated
+    from ddpm_nbdev.data import load_dataset
+    return Calibrated.from_pretrained("digits"), load_dataset("digits").test[:3]
+
+
+def test_steps_as_a_tensor_are_the_steps(digits):
+    from ddpm_nbdev.container import unpack
+    from ddpm_nbdev.progressive import compress, decompress
+    ddpm, x = digits
+    file = compress(ddpm, x, torch.tensor([25, 349, 645, 1000]))
+    assert unpack(file)[0].steps == (25, 349, 645, 1000) and torch.equal(decompress(ddpm, file), x)
+
+
+def test_a_strided_model_with_tables_is_a_model(digits):
+    "It codes; and measured in another precision it reads the same rows of its tables."
+    from ddpm_nbdev.likelihood import evaluate_bits_per_dim, stride
+    from ddpm_nbdev.progressive import compress, decompress
+    ddpm, x = digits
+    short = stride(ddpm, ddpm.calibration.best_steps(ddpm.sched, 6)[0])
+    assert torch.equal(decompress(short, compress(short, x)), x)
+    bits = [evaluate_bits_per_dim(short, x, torch.Generator().manual_seed(0), autocast=low).total for low in (None, torch.bfloat16)]
+    assert abs(bits[0]-bits[1]) < .02
+
+
+@pytest.mark.parametrize("kw, said", [(dict(steps=[4.5, 1000]), "whole numbers"), (dict(steps="20"), "whole numbers"), (dict(steps=True), "must rise"),
+    (dict(steps=None), "must rise"), (dict(steps=0), "can be kept"), (dict(steps=1), "no chain of 1"), (dict(seed=-1), "seed must be"),
+    (dict(seed=2**70), "seed must be"), (dict(seed=1.5), "seed must be"), (dict(lanes=2.), "lanes must be"), (dict(lanes=0), "lanes must be")])
+def test_wrong_numbers_are_named_before_any_work(digits, kw, said):
+    from ddpm_nbdev.progressive import compress
+    with pytest.raises(ValueError, match=said): compress(*digits, **kw)
+
+
+@pytest.mark.parametrize("name, value, said", [("weights", 2**31-1, "wrong weights"), ("cost", -1., "negative cost"), ("share", 0., "no shares")])
+def test_tables_that_cannot_be_are_refused(digits, tmp_path, name, value, said):
+    from dataclasses import replace
+    from ddpm_nbdev.calibration import Calibrated, save_calibration
+    from ddpm_nbdev.files import WeightsError
+    ddpm, _ = digits
+    ddpm.save(tmp_path)
+    wrong = getattr(ddpm.calibration, name).clone()
+    wrong[..., 0] = value
+    save_calibration(replace(ddpm.calibration, **{name: wrong if name != "share" else wrong*0}), tmp_path)
+    with pytest.raises(WeightsError, match=said): Calibrated.load(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64, torch.complex64, torch.uint16, torch.bool])
+@pytest.mark.parametrize("name", ["steps", "mse", "weights"])
+def test_tables_of_another_type_are_refused(digits, tmp_path, name, dtype):
+    from safetensors.torch import load_file, save_file
+    from ddpm_nbdev.calibration import Calibrated, save_calibration
+    from ddpm_nbdev.files import WeightsError
+    ddpm, _ = digits
+    ddpm.save(tmp_path)
+    save_calibration(ddpm.calibration, tmp_path)
+    file = tmp_path/"calibration.safetensors"
+    tensors = load_file(file)
+    tensors[name] = tensors[name].to(dtype)
+    save_file(tensors, file, {"format": "ddpm_nbdev calibration 1"})
+    with pytest.raises(WeightsError): Calibrated.load(tmp_path)
+
+
+def test_a_sliver_of_a_huge_file_is_no_work(digits):
+    from ddpm_nbdev.container import Header, pack
+    from ddpm_nbdev.progressive import fingerprints, receive
+    ddpm, _ = digits
+    file = pack(Header("progressive", *fingerprints(ddpm), (4, 1000), (1, 8, 8), 17, 2**16), bytes(2**17))
+    with pytest.raises(CodecError, match="too few to begin with"): receive(ddpm, file[:60])
