@@ -143,8 +143,8 @@ def measure_mse(
     if index is None: index = torch.arange(n)
     if n == 0 or min(points, batch_size) < 1 or len(index) != n:
         raise ValueError("there must be images to measure on, a place for each, and at "
-                         f"least 1 point and batch: got {n} images, {len(index)} places, "
-                         f"points={points}, batch_size={batch_size}")
+                         f"least 1 point and batch: got {n} images, {len(index)} "
+                         f"places, points={points}, batch_size={batch_size}")
     ts = np.unique(np.geomspace(1, T, min(points, T)).round().astype(int))
     found = torch.zeros(len(ts), dtype=torch.float64)
     with eval_mode(ddpm.model):

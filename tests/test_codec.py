@@ -314,3 +314,11 @@ def test_a_sliver_of_a_huge_file_is_no_work(digits):
     ddpm, _ = digits
     file = pack(Header("progressive", *fingerprints(ddpm), (4, 1000), (1, 8, 8), 17, 2**16), bytes(2**17))
     with pytest.raises(CodecError, match="too few to begin with"): receive(ddpm, file[:60])
+
+
+def test_more_steps_than_there_are_is_all_of_them(digits, toy):
+    from ddpm_nbdev.container import unpack
+    from ddpm_nbdev.progressive import compress
+    ddpm, x = digits
+    assert unpack(compress(ddpm, x[:1], 1000))[0].steps == tuple(ddpm.calibration.steps.tolist())
+    assert unpack(compress(toy, torch.zeros(1, 2, dtype=torch.uint8), 1000))[0].steps == tuple(range(1, 41))

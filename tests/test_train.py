@@ -668,11 +668,18 @@ def test_a_damaged_mse_is_one_line(mse, says, tmp_path, data):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("change, says", [(dict(variance="optimal"), "needs mse, .*see measure_mse"), (dict(mse=torch.ones(10)), r"\(11,\), got \(10,\)"),
-    (dict(mse=torch.ones(1, 11)), "got"), (dict(mse=torch.full((11,), math.nan)), "got nan at t = 1"), (dict(mse=-torch.ones(11)), "got -1.0 at t = 1"),
+@pytest.mark.parametrize("change, says", [(dict(variance="optimal"), "needs mse, .*see measure_mse"), (dict(variance="optimal", mse=torch.ones(10)), r"\(11,\), got \(10,\)"),
+    (dict(variance="optimal", mse=torch.ones(1, 11)), "got"), (dict(mse=torch.full((11,), math.nan)), "got nan at t = 1"), (dict(mse=-torch.ones(11)), "got -1.0 at t = 1"),
     (dict(mse=torch.tensor([0.]*10 + [math.inf])), "got inf at t = 10")])
 def test_a_ddpm_refuses_what_is_no_mse(change, says, data):
     with pytest.raises(ValueError, match=says): replace(build_ddpm(TINY, data), **change)
+
+
+def test_a_table_of_another_schedule_is_dropped(data):
+    "With another T the measurement means nothing; a variance that does not need it goes on without."
+    from ddpm_nbdev.schedule import linear_schedule
+    ddpm = replace(build_ddpm(TINY, data), mse=torch.ones(11))
+    assert len(ddpm.mse) == 11 and replace(ddpm, sched=linear_schedule(7)).mse is None
 
 
 @pytest.mark.parametrize("field, value", [("T", 0), ("T", 2.5), ("T", True), ("T", "10"), ("steps", 0), ("batch_size", -1), ("lr", 0.), ("lr", -1.), ("lr", math.inf), ("lr", math.nan), ("warmup", -1),
