@@ -261,3 +261,15 @@ def tab(browser, base):
     context.set_default_timeout(15_000)
     yield context.new_page()
     context.close()
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    "Run a command as from the shell: status, stdout, stderr."
+    def run(command, *args):
+        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, args)])
+        status = 0
+        try: command()
+        except SystemExit as e: status = e.code or 0
+        return status, *capsys.readouterr()
+    return run

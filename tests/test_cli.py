@@ -50,18 +50,6 @@ def here(tmp_path, monkeypatch, classifier):
     return tmp_path
 
 
-@pytest.fixture
-def call(monkeypatch, capsys):
-    "Run a command as from the shell: status, stdout, stderr."
-    def run(command, *args):
-        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, args)])
-        status = 0
-        try: command()
-        except SystemExit as e: status = e.code or 0
-        return status, *capsys.readouterr()
-    return run
-
-
 @pytest.fixture(scope="module")
 def finished(once, classifier):
     "A finished tiny run."

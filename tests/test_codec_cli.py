@@ -2,7 +2,6 @@
 import os
 import re
 import shutil
-import sys
 from functools import partial
 
 import numpy as np
@@ -35,18 +34,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(_Progress, "show", lambda self: None)
     monkeypatch.setattr(models, "calibrate", partial(calibrate, points=12, pixels=15_000))
     return tmp_path
-
-
-@pytest.fixture
-def call(monkeypatch, capsys):
-    "Run a command as from the shell: status, stdout, stderr."
-    def run(command, *args):
-        monkeypatch.setattr(sys, "argv", [command.__name__, *map(str, args)])
-        status = 0
-        try: command()
-        except SystemExit as e: status = e.code or 0
-        return status, *capsys.readouterr()
-    return run
 
 
 def failed(result, status, *said):
