@@ -1,5 +1,8 @@
 "The site as a reader meets it: in a browser. One Chromium for all; each page is opened once, and what most tests ask is noted then."
+import base64
+import io
 import json
+import re
 from collections import Counter
 from importlib.resources import files
 from urllib.parse import unquote, urlsplit
@@ -10,6 +13,7 @@ from conftest import NO_BROWSER, NOTEBOOKS, equations, page_of
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER or "-")]
 PAGES = [page_of(s) for s in NOTEBOOKS]
 ANIMATED = [page_of(s) for s, p in NOTEBOOKS.items() if r'class=\"animation\"' in p.read_text(encoding="utf-8")]
+SLID = [page_of(s) for s, p in NOTEBOOKS.items() if r'class=\"sliders\"' in p.read_text(encoding="utf-8")]
 
 # Lazy pictures are loaded, solutions and folded code are opened: what a reader can open is looked at, too.
 OPEN = """async () => {
@@ -372,6 +376,84 @@ def test_animations_play(tab, name):
         still = state()
         tab.wait_for_timeout(500)
         assert state() == still, "does not stop"
+
+
+PIXELS = """e => { const c = e.querySelector("canvas"), n = c.width*c.height, p = c.getContext("2d").getImageData(0, 0, c.width, c.height).data;
+  return [[c.height, c.width], [...Array(n*3).keys()].map(k => p[4*Math.floor(k/3) + k%3])]; }"""
+STOPPED = """e => [e.querySelector("canvas, img").tagName, e.querySelector("canvas, img").getAttribute("aria-label"), e.querySelectorAll("img").length]"""
+
+
+@pytest.mark.parametrize("name", SLID)
+def test_sliders_choose_pictures(tab, name):
+    "Each on its page, by key: what is seen is the tile of the sprite that belongs there, and the place is said in sight and aloud."
+    import numpy as np
+    from PIL import Image
+    tab.goto(f"/{name}")
+    settled(tab)
+    boxes = tab.locator(".sliders").all()
+    assert boxes
+    for box in boxes:
+        box.scroll_into_view_if_needed()
+        handle = box.element_handle()
+        tab.wait_for_function("e => e.querySelector('canvas')", arg=handle)
+        kind, said, images = handle.evaluate(STOPPED)
+        assert kind == "CANVAS" and len(said) >= 10 and images == 0       # the picture of the start has given way
+        code = handle.evaluate("e => e.querySelector('script').textContent")
+        sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([\w+/=]+)", code)[1]))).convert("RGB"))
+        inputs = box.locator("input").all()
+        labels = [json.loads(row.get_attribute("data-labels")) for row in box.locator(".sliders-row").all()]
+        def seen():
+            size, values = handle.evaluate(PIXELS)
+            return np.array(values, np.uint8).reshape(*size, 3)
+        def expected(places):
+            h, w = handle.evaluate(PIXELS)[0]
+            k, ncol = (places[0] if len(places) == 1 else places[0]*len(labels[1]) + places[1]), sheet.shape[1]//w
+            return sheet[k//ncol*h:, k % ncol*w:][:h, :w]
+        places = [int(i.input_value()) for i in inputs]
+        assert (seen() == expected(places)).all()
+        for i, key in [(0, "Home"), (len(inputs)-1, "End"), (len(inputs)-1, "ArrowLeft"), (0, "ArrowRight"), (0, "End")]:
+            inputs[i].focus()
+            tab.keyboard.press(key)
+            last = len(labels[i])-1
+            places[i] = {"Home": 0, "End": last, "ArrowLeft": max(0, places[i]-1), "ArrowRight": min(last, places[i]+1)}[key]
+            assert [int(e.input_value()) for e in inputs] == places and (seen() == expected(places)).all(), (key, places)
+            for e, of, place, row in zip(inputs, labels, places, box.locator(".sliders-row").all()):
+                assert e.get_attribute("aria-valuetext").endswith(f" = {of[place]}")
+                assert " ".join(row.inner_text().split()) == e.get_attribute("aria-valuetext")
+
+
+def test_the_bar_of_the_workshop(tab):
+    "By hand: the bar stands where its sliders say, with the gray that they say."
+    tab.set_viewport_size({"width": 390, "height": 844})
+    tab.goto("/plot.html")
+    settled(tab)
+    box = tab.locator("#sliders_a_bar")
+    box.scroll_into_view_if_needed()
+    tab.wait_for_function("e => e.querySelector('canvas')", arg=box.element_handle())
+    for i, at in ((0, .25), (1, .02), (0, .98)):
+        slider = box.locator("input").nth(i)
+        where = slider.bounding_box()
+        slider.click(position={"x": at*where["width"], "y": where["height"]/2})
+        place, gray = (int(e.get_attribute("aria-valuetext").rpartition(" ")[2]) for e in box.locator("input").all())
+        (h, w), values = box.element_handle().evaluate(PIXELS)
+        row = values[4*w*3:5*w*3:3]
+        assert (h, w) == (10, 14) and row == [230, *([255]*place), gray, *([255]*(11-place)), 230]
+    assert (place, gray) == (11, 0)
+    width = box.locator("canvas").bounding_box()["width"]
+    assert 14*14 - 1 <= width <= 390
+
+
+def test_sliders_without_a_script(browser, base):
+    "The picture of the start is there, with its description, and the names of the sliders with their values."
+    context = browser.new_context(base_url=base, java_script_enabled=False)
+    try:
+        page = context.new_page()
+        page.goto("/plot.html")
+        box = page.locator("#sliders_a_bar")
+        picture = box.locator("img")
+        assert picture.is_visible() and picture.bounding_box()["width"] == 14*14 and "bar" in picture.get_attribute("alt")
+        assert " ".join(box.locator(".sliders-rows").inner_text().split()) == "place = 6 gray = 128"
+    finally: context.close()
 
 
 NUMBERS = "e => Object.fromEntries([...e.querySelectorAll('[data-out]')].map(d => [d.dataset.out, [+d.dataset.value, d.textContent]]))"
