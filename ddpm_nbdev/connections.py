@@ -34,7 +34,7 @@ def true_reverse(
     xt:Tensor,               # noised points, `(b, d)`
     t:Tensor,                # steps, `(b,)`, each in 1..T
 )->TrueReverse:              # float64
-    """The true step back, without knowledge of x_0: what eq. 16 compares the model with.
+    """The true step back, without knowledge of x_0: what eq. 16 compares with.
     ValueError for t not in 1..T."""
     check_steps(sched, t)
     over = lambda table, t: table[t][:, None, None]                        # (b, 1, 1)
