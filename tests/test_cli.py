@@ -24,7 +24,7 @@ from ddpm_nbdev.commands import _make_parser, _one_line
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM, draw_samples
 from ddpm_nbdev.decoder import to_model_range
-from ddpm_nbdev.quality import digit_classifier
+from ddpm_nbdev.features import digit_classifier
 from ddpm_nbdev.files import read_log
 from ddpm_nbdev.likelihood import measure_mse
 from ddpm_nbdev.run import _restarted
