@@ -26,7 +26,7 @@ CFG.read(ROOT/"settings.ini", encoding="utf-8")
 CFG = CFG["DEFAULT"]
 MODULES = sorted(m.name for m in pkgutil.iter_modules(ddpm_nbdev.__path__) if not m.name.startswith("_"))
 RUN_TIME = "torch numpy einops matplotlib fastprogress>=1.0.3,<1.1 fastcore>=1.13 pillow safetensors pooch>=1.8 filelock>=3.24.3".split()
-IMPORT_NAMES = {"pillow": "PIL"}                # where they differ from the distribution's
+IMPORT_NAMES = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}   # where they differ from the distribution's
 EXTRAS = [k.removesuffix("_requirements") for k in CFG if k.endswith("_requirements") and k != "dev_requirements"]   # imported inside functions
 ONLY_IN_NOTEBOOKS = {"IPython"}                 # imported inside functions that a notebook calls
 DEVELOPERS_ONLY = "nbdev execnb IPython ipykernel ipywidgets jupyter jupyter_client jupyter_core nbformat nbconvert nbclient ghapi".split()
@@ -72,7 +72,7 @@ def test_imports_without_the_developers_tools():
     "Every module, also nbdev's index, in an interpreter that has none of them."
     out = fresh(f"""
 import sys, importlib
-for name in {DEVELOPERS_ONLY + sorted(optional())}: sys.modules[name] = None   # importing it raises ImportError
+for name in {DEVELOPERS_ONLY + sorted(IMPORT_NAMES.get(r, r) for r in optional())}: sys.modules[name] = None   # importing it raises ImportError
 for name in {["ddpm_nbdev", "ddpm_nbdev._modidx"] + [f"ddpm_nbdev.{m}" for m in MODULES]}: importlib.import_module(name)
 print('all imported')
 """)
