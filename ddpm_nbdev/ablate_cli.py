@@ -12,7 +12,7 @@ from pathlib import Path
 from .ablation import ablate, markdown_table
 from .commands import _check_options, _make_parser, _printer, _run
 
-# %% ../nbs/20c_ablate_cli.ipynb #af074ddc
+# %% ../nbs/20c_ablate_cli.ipynb #e4505112
 def _with_several_cells(func):
     "As `command` does; the option for the parameter `only` takes one name or more."
     @wraps(func)
@@ -38,10 +38,10 @@ def ddpm_ablate(
     overwrite:bool=False,     # begin anew, where a table is there
     quiet:bool=False,         # print nothing but errors
 )->list[dict]:                # the finished rows
-    """Train and measure each cell of Table 2, or of the schedules, with one budget: what
-    the network predicts (mu, eps, x0), the loss (vlb, simple) and the variance. The
-    table goes into a folder, as Markdown, CSV, JSON and a picture, beside a run for each
-    training. Stopped, and called again, it goes on."""
+    """Train and measure each cell of Table 2, or of the schedules, with one budget:
+    what the network predicts (mu, eps, x0), the loss (vlb, simple), the variance. The
+    table goes into a folder, as Markdown, CSV, JSON and a picture, beside a run for
+    each training. Stopped, and called again, it goes on."""
     _check_options(0, 'float32', steps=steps, seeds=seeds, T=T, processes=processes)
     say = _printer(quiet)
     rows = ablate(dataset, out, steps, seeds, processes, only, T, samples, table,

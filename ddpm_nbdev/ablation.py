@@ -147,7 +147,7 @@ def loss_spikes(
     return sum(x > factor*median(losses[max(0, i-before):i])
                for i, x in enumerate(losses) if i)
 
-# %% ../nbs/19_ablation.ipynb #5f1de6b0
+# %% ../nbs/19_ablation.ipynb #ad66a5ed
 _BITS = 'total', 'L_T', 'L_mid', 'L_0'
 
 def _judged(ddpm, data, budget, seed)->tuple[dict,Tensor]:
@@ -170,7 +170,7 @@ def _measure_row(ddpm, data, cell, budget, seed, path):
     except ValueError as e:
         if 'finite' not in str(e): raise
         return {'failed': "its network gives what is not finite"}
-    _save_samples(samples[:64], path.with_suffix('.png'), ddpm.levels, ncol=8)
+    _save_samples(samples[:16], path.with_suffix('.png'), ddpm.levels)
     return numbers
 
 def run_cells(
@@ -311,7 +311,7 @@ def markdown_table(
         lines.append([line['cell'], *numbers])
     return '\n'.join(f"| {' | '.join(line)} |" for line in lines)
 
-# %% ../nbs/19_ablation.ipynb #10164c94
+# %% ../nbs/19_ablation.ipynb #675a3347
 def plot_cells(
     out:str|Path,           # folder of the table
     table:str='objectives', # 'objectives' or 'schedules'
@@ -331,9 +331,7 @@ def plot_cells(
             if not path.exists():
                 ax.text(.5, .5, "no samples", ha='center')
                 continue
-            x = plt.imread(path)
-            if len(x) == x.shape[1]: x = x[:len(x)//2, :len(x)//2]
-            ax.imshow(x, interpolation='nearest')
+            ax.imshow(plt.imread(path), interpolation='nearest')
     return fig
 
 # %% ../nbs/19_ablation.ipynb #dc92eb7a
