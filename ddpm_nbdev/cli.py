@@ -26,6 +26,7 @@ from .likelihood import (Likelihood, best_steps, decoder_costs, even_steps,
                                    evaluate_bits_per_dim, measure_mse, rate_distortion, stride)
 from .machines import (PRECISIONS, LowPrecision, join_processes, rank, size,
                                  sum_over_processes)
+from .measures import _check_quality, _with_quality, quality_of
 from .models import _chain_name, _data_of, _free_name, find_model
 from .quality import report
 from .run import (Interrupted, _can_show_progress, _check_folder, _restarted,
@@ -314,16 +315,16 @@ def _weights_now(what):
 
 def _rmse(r:Likelihood): return 127.5*r.mse[1].sqrt().item()  # x_0-hat at t = 1, 0..255
 
-def _table(what, found):
+def _table(what, found, quality=None):
     "Bits/dim in the sense of Table 1, rate and distortion in that of section 4.3."
     heads = 'L_T', 'L_mid', 'L_0', 'rate'
-    lines = [what, f"{'':6}{'bits/dim':>18}" + ''.join(f'{h:>11}' for h in heads)
-             + f"{'RMSE':>9}{'images':>9}"]
+    lines = [what, f"{'':6}{'bits/dim':>18}" + ''.join(f'{h:>9}' for h in heads)
+             + f"{'RMSE':>8}{'images':>8}"]
     for part, r in found.items():
         error = '' if r.n == 1 else f'+- {r.total_error:.3f}'
-        lines.append(f"{part:6}{r.total:9.3f}{error:>9}{r.L_T:11.1e}{r.L_mid:11.3f}"
-                     f"{r.L_0:11.3f}{r.L_T+r.L_mid:11.3f}{_rmse(r):9.2f}{r.n:9}")
-    return '\n'.join(lines)
+        lines.append(f"{part:6}{r.total:9.3f}{error:>9}{r.L_T:9.1e}{r.L_mid:9.3f}"
+                     f"{r.L_0:9.3f}{r.L_T+r.L_mid:9.3f}{_rmse(r):8.2f}{r.n:8}")
+    return '\n'.join(_with_quality(lines, quality))
 
 def _summary(r):
     "The numbers of a table's row."
@@ -373,6 +374,9 @@ def ddpm_evaluate(
     images:int=None,       # how many of the training and test images (default: all)
     curve_images:int=16,   # test images taken at every t, for the curve (default 16)
     measure:bool=False,    # measure anew how wrong x_0-hat is, if that is known already
+    quality:bool=False,    # also FID, IS, KID, precision and recall of samples
+    samples:int=None,      # how many of them (default: on a CPU up to 2000, else 5000)
+    features:str=None,     # digits, fashion_mnist, inception (default: by the dataset)
     seed:int=0,            # of the noise (default 0)
     precision:str='float32', # inside the network: float32 (default) or bfloat16
     data_dir:str=None,     # folder of the dataset (default: $DDPM_DATA, or download)
@@ -381,9 +385,10 @@ def ddpm_evaluate(
     quiet:bool=False,      # print nothing but errors
 )->dict:                   # what was added to the file, under 'evaluation'
     """Measure bits/dim, rate and distortion of a trained model, such as `ddpm_sample`
-    takes. (Never on MPS, which lacks float64.)"""
+    takes; with --quality also its samples. (Never on MPS, which lacks float64.)"""
     _check_options(seed, precision, steps=steps, images=images,
                    curve_images=curve_images)
+    _check_quality(quality, samples, features)
     join_processes()
     start, where, say = time.perf_counter(), _choose_device(device), _printer(quiet)
     ddpm = find_model(what, 'cpu' if where == 'mps' else where)
@@ -399,11 +404,14 @@ def ddpm_evaluate(
     def bits(ddpm, x, k):
         return evaluate_bits_per_dim(ddpm, x, torch.Generator().manual_seed(seed), k,
                                      autocast=low, progress=progress)
+    q = quality_of(ddpm, data, samples, features, seed, progress=progress, say=say,
+                   autocast=low, data_dir=data_dir) if quality else None
     train, test, k = data.train[:images], data.test[:images], None if exact else steps
     found = {'train': bits(ddpm, train, k), 'test': bits(ddpm, test, k)}
     curve = found['test'] if exact else bits(ddpm, data.test[:curve_images], None)
     T, better, n = ddpm.sched.T, {}, 0
     evaluation = _numbers(found, curve, T, exact, steps, seed)
+    if q: evaluation['quality'] = q
     if ddpm.variance != 'learned':
         calls = sum(int(r.counts[1:].sum()) for r in (*found.values(), curve))
         best, n = _with_mse(ddpm, data.train, calls, measure, progress)
@@ -419,7 +427,7 @@ def ddpm_evaluate(
         path = _free_name(what, 'metrics', '.json')
         say(f"note: the run in {what} went on meanwhile; its metrics.json stays")
     write_json(path, {**(read_metrics(path) or {}), 'evaluation': evaluation})
-    say(f"\n{_table(what, found)}")
+    say(f"\n{_table(what, found, q)}")
     say(', '.join(f"{name}: test {r.total:.3f}" for name, r in better.items()))
     late = int((rate_distortion(curve)['rate'] < curve.total/2).sum())
     say(f"half of the bits are received after {late} of {T} reverse steps "
