@@ -12,7 +12,7 @@ from conftest import Python
 
 import ddpm_nbdev.ablation as ablation
 from ddpm_nbdev.ablate_cli import ddpm_ablate
-from ddpm_nbdev.ablation import TABLES, Budget, ablate, choose_cells, plot_cells, read_rows
+from ddpm_nbdev.ablation import TABLES, _Budget, ablate, _choose_cells, plot_cells, _read_rows
 from ddpm_nbdev.commands import _make_parser
 from ddpm_nbdev.files import read_log
 from ddpm_nbdev.train import preset
@@ -82,7 +82,7 @@ def test_ctrl_c_and_on(processes, here, whole):
     out, err = p.communicate(120)
     assert (p.returncode, err) == (0, ""), err
     for run, step in zip(runs, reached): assert step in [row["step"] for row in read_log(run)]             # went on, did not begin anew
-    same(read_rows("ablation"), whole)
+    same(_read_rows("ablation"), whole)
 
 
 def test_killed_and_on(here, whole):
@@ -98,7 +98,7 @@ def test_killed_and_on(here, whole):
     p = command(*args)
     out, err = p.communicate(120)
     assert (p.returncode, err) == (0, ""), err
-    same(read_rows("ablation"), whole)
+    same(_read_rows("ablation"), whole)
 
 
 def test_stopped_between_training_and_measuring(here, monkeypatch):
@@ -113,7 +113,7 @@ def test_stopped_between_training_and_measuring(here, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(ablation, "_measure_row", stops)
         with pytest.raises(KeyboardInterrupt, match="the same call goes on with part"): go()
-    assert [r["cell"] for r in read_rows("part")] == ["eps-simple-beta"] and not os.path.exists("part/objectives.md")
+    assert [r["cell"] for r in _read_rows("part")] == ["eps-simple-beta"] and not os.path.exists("part/objectives.md")
     before = contents(here/"part")
     same(go(), whole)
     assert {k: v for k, v in contents(here/"part").items() if k in before and v != before[k]} == {}
@@ -134,7 +134,7 @@ def test_an_error_of_a_process_is_one_line(call, here):
 
 def test_a_process_that_is_killed(here):
     with pytest.raises(ValueError, match="ended with status -9"):
-        process, pipe = ablation._start((here/"x", choose_cells(only=["mu-vlb-beta"]), 0, Budget(steps=600)))
+        process, pipe = ablation._start((here/"x", _choose_cells(only=["mu-vlb-beta"]), 0, _Budget(steps=600)))
         until(lambda: training(here/"x"/"mu-vlb-beta-seed0"))
         process.kill()
         ablation._ended(process, pipe)
@@ -154,7 +154,7 @@ def test_all_cells(here):
     assert len(text) == 2+15 and {line.count("|") for line in text} == {11}
     assert len(json.load(open("all/objectives.json"))["cells"]) == 15
     assert sum(len(ax.images) for ax in plot_cells("all").axes) == 15
-    for table in TABLES: assert len(read_rows("all", table)) == (15 if table == "objectives" else 2)       # the linear cells are shared
+    for table in TABLES: assert len(_read_rows("all", table)) == (15 if table == "objectives" else 2)       # the linear cells are shared
     assert len(ablate("digits", "all", seeds=1, table="schedules", **TINY)) == 6
 
 
