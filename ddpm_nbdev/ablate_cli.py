@@ -12,7 +12,7 @@ from pathlib import Path
 from .ablation import ablate, markdown_table
 from .commands import _check_options, _make_parser, _printer, _run
 
-# %% ../nbs/20c_ablate_cli.ipynb #6e943780
+# %% ../nbs/20c_ablate_cli.ipynb #5a12f207
 def _with_several_cells(func):
     "As `command` does; the option for the parameter `only` takes one name or more."
     @wraps(func)
