@@ -22,7 +22,7 @@ from .codec_cli import _chosen_images, _data_name, _free_output, _model_name
 from .commands import _check_options, _choose_device, _make_parser, _printer, _run
 from .ddpm import DDPM
 from .decoder import to_model_range, to_uint8
-from .interpolate import MIXES, NOISES, interpolate
+from .interpolate import _MIXES, _NOISES, interpolate
 from .likelihood import stride
 from .models import _free_name, find_model
 from .plot import save_images
@@ -128,7 +128,7 @@ def _with_several_t(func):
 
 def _check_choices(**given):
     "ConfigError for a choice that there is not."
-    known = dict(noise=NOISES, mix=MIXES, variance=_CHOSEN, split=('test', 'train'))
+    known = dict(noise=_NOISES, mix=_MIXES, variance=_CHOSEN, split=('test', 'train'))
     for name, value in given.items():
         if value not in known[name] and (name, value) != ('variance', None):
             raise ConfigError(f"unknown {name} {value!r}; known: "
