@@ -8,6 +8,7 @@ __all__ = ['ddpm_interpolate']
 # %% ../nbs/20b_interpolate_cli.ipynb #75c05ef8
 import re
 import time
+from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -22,7 +23,7 @@ from .codec_cli import _chosen_images, _data_name, _free_output, _model_name
 from .commands import _check_options, _choose_device, _make_parser, _printer, _run
 from .ddpm import DDPM
 from .decoder import to_model_range, to_uint8
-from .interpolate import MIXES, NOISES, interpolate
+from .interpolate import _MIXES, _NOISES, interpolate
 from .likelihood import stride
 from .models import _free_name, find_model
 from .plot import save_images
@@ -37,7 +38,8 @@ def _ends(what):
         if len(two) == 2 and all(re.fullmatch('-?[0-9]+', w) for w in two):
             return data, [int(w) for w in two]
         raise ConfigError(f"after {data} there must be the numbers of two of its "
-                          f"images, such as {data} 3 8, got {' '.join(two) or 'none'}")
+                          f"images, such as {data} 13 20, "
+                          f"got {' '.join(two) or 'none'}")
     if len(what) != 2:
         raise ConfigError("two image files are needed, or a data set and the numbers "
                           f"of two of its images, got {' '.join(what) or 'nothing'}")
@@ -46,7 +48,13 @@ def _ends(what):
 
 def _two_images(data, two, ddpm, model, split, data_dir):
     "The images, uint8 `(2, c, h, w)`."
-    images = _chosen_images(two, data, ddpm, model, split, data_dir)
+    try: images = _chosen_images(two, data, ddpm, model, split, data_dir)
+    except ValueError as e:
+        has, fixed, _ = str(e).partition(', not size=')      # said by load_dataset
+        if not fixed: raise
+        c, h, w = ddpm.shape
+        raise ValueError(f"{has}, and {model} draws images of {h}x{w} with {c} channel"
+                         + 's'*(c > 1)) from e
     if not data: return images
     for i in two:
         if not 0 <= i < len(images):
@@ -57,21 +65,21 @@ def _two_images(data, two, ddpm, model, split, data_dir):
 # %% ../nbs/20b_interpolate_cli.ipynb #c6debd8d
 def _steps_asked(t, T):
     "The values of t, each once. ValueError if the chain has not got them."
-    if t is None: t = [max(1, round(T*k/4)) for k in (1, 2, 3, 4)]
+    if t is None: t = [max(1, round(T*k)) for k in (1/20, 1/4, 1/2, 1)]
     if beyond := [s for s in t if s > T]:
-        raise ValueError(f"t must be from 1 to {T}, the length of this model's chain, "
+        raise ValueError(f"t must be from 0 to {T}, the length of this model's chain, "
                          f"got {beyond[0]}")
     return list(dict.fromkeys(t))
 
 def _chain_of(
     ddpm:DDPM,         # as it was trained
-    t:list[int],       # steps of it that must be there
+    t:list[int],       # steps of it that must be there; 0 always is
     steps:int|None,    # how many to use beside them; None: all
     variance:str|None, # as asked for
 )->tuple[DDPM,list[int]]: # the chain; which steps of the whole one its 1, 2, ... are
     "A chain that has the steps t. ValueError if the model has no such chain."
     short, kept = _chain_of_sampling(ddpm, steps, variance)
-    kept = sorted({*kept[1:], *t})
+    kept = sorted({*kept, *t} - {0})
     return stride(replace(ddpm, variance=short.variance), kept), kept
 
 # %% ../nbs/20b_interpolate_cli.ipynb #b9e943d4
@@ -96,7 +104,7 @@ def _each_call(
 def _rows(
     ddpm:DDPM,      # over the chain that is used
     ends:Tensor,    # the two images, uint8 `(2, c, h, w)`
-    places:list[int], # a row for each of these steps of that chain
+    places:list[int], # a row for each of these steps of that chain; 0 mixes pixels
     n:int,          # how many lambdas, from 0 to 1
     seed:int,       # of the noise, which is the same in each row
     choices:dict,   # `noise` and `mix`
@@ -115,6 +123,15 @@ def _rows(
     return torch.cat(rows)
 
 # %% ../nbs/20b_interpolate_cli.ipynb #b06ca8ba
+def _whole_number(word):
+    "A value of --t, an int. ArgumentTypeError that tells what was likely meant."
+    if re.fullmatch('[+-]?[0-9]+', word): return int(word)
+    said = f"{word!r} is not a whole number"
+    if re.fullmatch('[0-9]+(,[0-9]*)+', word):
+        said += ": separate the values by spaces, " + ' '.join(word.split(',')).strip()
+    elif not re.match('[+-]?[.0-9]+$', word): said += "; WHAT comes before --t"
+    raise ArgumentTypeError(said)
+
 def _with_several_t(func):
     "As `command` does; the option for the parameter `t` takes one number or more."
     @wraps(func)
@@ -122,13 +139,19 @@ def _with_several_t(func):
         if args or kwargs: return func(*args, **kwargs)
         parser = _make_parser(func)
         option = next(a for a in parser._actions if a.dest == 't')
-        option.type, option.nargs, option.metavar = int, '+', 'T'
+        option.type, option.nargs, option.metavar = _whole_number, '+', 'T'
         return _run(func, parser, parser.prog)
     return run
 
+def _check_steps(t):
+    "ConfigError unless t is None or a list of one or more whole numbers from 0 on."
+    if t is not None and (not len(t) or any(s != int(s) for s in t)):
+        raise ConfigError(f"t must be at least one whole number, got {t}")
+    if t and min(t) < 0: raise ConfigError(f"t must be at least 0, got {min(t)}")
+
 def _check_choices(**given):
     "ConfigError for a choice that there is not."
-    known = dict(noise=NOISES, mix=MIXES, variance=_CHOSEN, split=('test', 'train'))
+    known = dict(noise=_NOISES, mix=_MIXES, variance=_CHOSEN, split=('test', 'train'))
     for name, value in given.items():
         if value not in known[name] and (name, value) != ('variance', None):
             raise ConfigError(f"unknown {name} {value!r}; known: "
@@ -144,13 +167,13 @@ def _check_output(out, overwrite):
 
 @_with_several_t
 def ddpm_interpolate(
-    what:list[str],         # two image files; or a data set and two numbers: digits 3 8
+    what:list[str],         # two image files; or a data set and numbers of two images
     model:str=None,         # a run or a shipped model (default: the data set's)
-    t:list[int]=None,       # steps to go up to, one or more (default: quarters of T)
+    t:list[int]=None,       # steps to go up to (default: T/20, T/4, T/2 and T)
     n:int=9,                # how many lambdas, from 0 to 1 (default 9)
     noise:str='fixed',      # of both ends: fixed (default), shared or fresh
     mix:str='linear',       # linear (default), preserving or spherical
-    steps_used:int=None,    # only so many steps beside t, and beta_tilde (default: all)
+    steps_used:int=None,    # faster: so many steps, and those of t (default: all)
     variance:str=None,      # of a step: beta, beta_tilde, optimal (default: its own)
     seed:int=0,             # same seed, same picture (default 0)
     split:str='test',       # of a data set: test (default) or train
@@ -164,13 +187,20 @@ def ddpm_interpolate(
     """Lead from one image to another by way of a trained model: noise both up to step
     t, mix them, decode. One picture, with a row for each t: the one image, the
     decodings for lambda from 0 to 1, the other image. Files must have just the size and
-    the gray levels of the model's images."""
+    the gray levels of the model's images. Of a data set name two images by their
+    numbers: `digits 13 20` are its test images 13 and 20 (not the digits themselves).
+
+    Noise: `fixed`, each image has its own, the same for every lambda; `shared`, both
+    have the same; `fresh`, new for every lambda. Mix: `linear`, a straight line, on
+    which noise is lost in the middle; `preserving`, the same with the noise restored;
+    `spherical`, a quarter of a circle, which keeps the noise and adds contrast.
+
+    With --steps-used the variance is beta_tilde, unless --variance says another. Put
+    the images before --t, which takes all that follows it."""
     what = [what] if isinstance(what, str) else list(map(str, what))
     t = [t] if isinstance(t, int) else t
-    if t is not None and (not len(t) or any(s != int(s) for s in t)):
-        raise ConfigError(f"t must be at least one whole number, got {t}")
-    _check_options(seed, 'float32', t=min(t) if t else None, steps_used=steps_used,
-                   scale=scale)
+    _check_steps(t)
+    _check_options(seed, 'float32', steps_used=steps_used, scale=scale)
     if n < 2: raise ConfigError(f"n must be at least 2, for both ends, got {n}")
     _check_choices(noise=noise, mix=mix, variance=variance, split=split)
     (data, two), say = _ends(what), _printer(quiet)
@@ -182,7 +212,7 @@ def ddpm_interpolate(
     t = _steps_asked(t, ddpm.sched.T)
     ends = _two_images(data, two, ddpm, model, split, data_dir)
     ddpm, kept = _chain_of(ddpm, t, steps_used, variance)
-    places = [kept.index(s)+1 for s in t]
+    places = [kept.index(s)+1 if s else 0 for s in t]
     watched = not quiet and _can_show_progress()
     rows = _rows(ddpm, ends, places, n, seed, dict(noise=noise, mix=mix), watched)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -38,6 +38,9 @@ LOOK = r"""() => {
     images: all("img").map(e => ({src: e.src.slice(0, 80), width: e.naturalWidth, alt: e.alt})),
     ids: all("[id]").map(e => e.id),
     links: all("a[href]").map(e => e.href),
+    twice: all('.cell:has(a[style*="float:right"])').flatMap(c => all("p, ul, ol, pre, table, blockquote", c).map(e => [e, e.getBoundingClientRect()])
+      .filter(([e, r]) => r.width > 1 && r.height > 1 && e.checkVisibility() && (c.nextElementSibling?.getBoundingClientRect().top ?? 1e9) < r.bottom
+        && short(e) !== "source")).map(([e]) => short(e)),
   };
 }"""
 FRAME = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
@@ -172,6 +175,12 @@ def test_links_and_anchors(visit, base, name):
 
 
 @pytest.mark.parametrize("name", PAGES)
+def test_nothing_lies_over_the_code(visit, name):
+    "Of nbdev's signature and docstring only the link to the source is in sight, and what stands below it is not covered."
+    assert visit(name)["twice"] == []
+
+
+@pytest.mark.parametrize("name", PAGES)
 def test_pictures(visit, name): assert not [i for i in visit(name)["images"] if not i["width"] or len(i["alt"].strip()) < 10]
 
 
@@ -203,6 +212,7 @@ TOY = r"""<!doctype html><html lang="en"><head><title>Toy</title><script>window.
 <p style="color: #999; background: #fff">pale</p> <p style="color: #003b4f; background: #212121">dark on dark</p>
 <pre><code><span class="kw">for</span> <span class="kw">if</span> <span class="no" style="color: #ddd">pale code</span></code></pre>
 <pre style="width: 40px; overflow: auto"><code>cut code</code></pre>
+<div class="cell" style="height: 0"><p><a style="float:right" href="#">source</a></p><p>printed over code</p></div><div class="cell">code</div>
 <span class="math display" style="display: block; overflow: auto; width: 50px">\[abcdefghijklmnopqrstuvwxyz\]</span>
 <img src="none.png" alt="a picture that is not there"> <img src="http://nowhere.invalid/far.png"> <input type="range">
 <script>console.warn("careful"); noSuchFunction()</script></main></body></html>"""
@@ -221,7 +231,7 @@ def test_faults_are_seen(toy, base):
     assert len(toy["wrong"]) == 2 and toy["tags"] == ["(99)"] and len(toy["cut"]) == 1 and toy["math"] == 6
     assert [i["width"] for i in toy["images"]] == [0, 0] and toy["images"][1]["alt"] == ""
     assert toy["at 1300"] == [1300, []] and toy["at 390"][0] > 390 and len(toy["at 390"][1]) == 1 and "a desk" in toy["at 390"][1][0]
-    assert toy["code cut at 1366"] == ["cut code"]
+    assert toy["code cut at 1366"] == ["cut code"] and toy["twice"] == ["printed over code"]
     for theme in ("light", "dark"):
         for bad in (">pale<", "dark on dark", ">pale code<"): assert any("color-contrast" in v and bad in v for v in toy[theme]), bad
     assert Counter(v.partition(":")[0] for v in toy["light"])["image-alt"] == 1 and any(v.startswith("label:") for v in toy["light"])

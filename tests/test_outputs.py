@@ -21,7 +21,8 @@ from check_outputs import differences, is_close, picture_difference, text_differ
 from run_notebooks import Runner  # noqa: E402
 
 # Seconds that these take; `tools/check_outputs.py` without names runs them too. A new notebook is run here if it is not listed.
-SLOW = {"13_train.ipynb": 27, "14_likelihood.ipynb": 52, "16_progressive.ipynb": 46, "20_cli.ipynb": 56}
+SLOW = {"13_train.ipynb": 27, "14_likelihood.ipynb": 52, "16_progressive.ipynb": 46, "17_interpolate.ipynb": 42, "18_connections.ipynb": 45,
+        "20_cli.ipynb": 56}
 NOTEBOOKS = sorted(p for p in (ROOT/"nbs").glob("[!_.]*.ipynb"))
 
 

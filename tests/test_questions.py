@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import pytest
 
-from ddpm_nbdev import cli
+from ddpm_nbdev import cli, codec_cli, interpolate_cli
 
 ROOT = Path(__file__).parents[1]
 NBS, URL = ROOT/"nbs", "https://github.com/ddpm-nbdev/ddpm_nbdev/blob/main/tests/"
@@ -75,7 +75,7 @@ def test_answer_is_short_and_shown(question):
 def options(command):
     "The options that a command's help lists."
     with patch("sys.argv", [command, "--help"]), contextlib.redirect_stdout(io.StringIO()) as said, pytest.raises(SystemExit):
-        getattr(cli, command)()
+        next(getattr(m, command) for m in (cli, codec_cli, interpolate_cli) if hasattr(m, command))()
     return set(re.findall(r"(?<![\w-])--([\w-]+)", said.getvalue()))
 
 

@@ -13,7 +13,7 @@ NOTEBOOKS = sorted((ROOT/"nbs").glob("[!_]*.ipynb"))
 NAMES = [p.stem for p in NOTEBOOKS]
 MODULES = {p.stem: p for p in sorted((ROOT/"ddpm_nbdev").glob("[!_]*.py"))}
 SHOWN, HIDDEN, PRINTED = 88, 100, 100   # columns: code on the site, other code, what a cell prints
-LONGEST, PUBLIC = 450, 210              # lines of a module; names in all `__all__` together stay below this
+LONGEST, PUBLIC = 450, 230              # lines of a module; names in all `__all__` together stay below this
 sys.path.insert(0, str(ROOT/"tools"))
 import check_sync  # noqa: E402
 
