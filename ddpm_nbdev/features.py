@@ -241,7 +241,7 @@ def _inception(data_dir):
         raise ValueError(f"'inception' features need torch-fidelity ({e}): "
                          "pip install 'ddpm_nbdev[metrics]'") from e
     path, weights = _find_inception(data_dir), io.BytesIO()
-    # The class reads a pickle, which could run code; so it gets one that was read safely.
+    # The class reads a pickle, which could run code: it gets one that was read safely
     torch.save(torch.load(path, map_location='cpu', weights_only=True), weights)
     weights.seek(0)
     return Features('inception', _Inception(Inception('', ['2048'], weights), resize),
