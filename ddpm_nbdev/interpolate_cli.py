@@ -176,8 +176,8 @@ def _check_size(n, rows, side, scale):
     "ConfigError if the picture would have too many pixels."
     pixels = (n+2)*rows*(side*scale+1)**2
     if pixels > _MOST_PIXELS:
-        raise ConfigError(f"a picture of {n+2} x {rows} images, each {side*scale} wide, "
-                          f"is too large ({pixels:.1e} pixels, at most "
+        raise ConfigError(f"{n+2} x {rows} images, each {side*scale} pixels wide, "
+                          f"are too many ({pixels:.1e} pixels, at most "
                           f"{_MOST_PIXELS:.0e}): lower --n or --scale")
 
 @_with_several_t
