@@ -37,6 +37,9 @@ def true_reverse(
     """The true step back, without knowledge of x_0: what eq. 16 compares with.
     ValueError for t not in 1..T."""
     check_steps(sched, t)
+    if xt.shape != (len(t), mixture.means.shape[1]):
+        raise ValueError(f"points must be (b, d) = {len(t), mixture.means.shape[1]}, "
+                         f"got {tuple(xt.shape)}")
     over = lambda table, t: table[t][:, None, None]                        # (b, 1, 1)
     abar, abar_prev = over(sched.alpha_bar, t), over(sched.alpha_bar, t-1)
     alpha, beta = over(sched.alpha, t), over(sched.beta, t)
@@ -59,6 +62,12 @@ class Eq16(NamedTuple):
         "L, the bound averaged over the data."
         return self.L_T + self.steps.sum() + self.entropy
 
+def _check_shape(found, like, what):
+    "ValueError unless it has the shape of the points."
+    if found.shape != like.shape:
+        raise ValueError(f"{what} must have the shape of the points, "
+                         f"{tuple(like.shape)}, got {tuple(found.shape)}")
+
 def _axis(mixture, n, widths=9):
     "An even grid on which a 1-D mixture lives, `(n, 1)`."
     low = (mixture.means-widths*mixture.stds).min()
@@ -80,6 +89,7 @@ def _step_kl(mixture, sched, p, t, n):
     x = low[:, None] + (high-low)[:, None]*torch.linspace(0, 1, n, dtype=torch.float64)
     parts = w.log()[:, None] + _log_normal(x[..., None], m[:, None], v[:, None])
     log_q, out = parts.logsumexp(2), p(xt, ts)
+    _check_shape(out.mean, xt, 'the mean of p')
     log_p = _log_normal(x, out.mean, out.log_variance.exp())
     kl = (log_q.exp()*(log_q-log_p)).sum(1)*(high-low)/(n-1)
     return (marginal.log_prob(xt).exp()*kl).sum()*(xt[1]-xt[0])[0]
@@ -98,6 +108,11 @@ def eq16_terms(
                          f"{tuple(mixture.means.shape)}, smallest std "
                          f"{mixture.stds.min():g}")
     if n < 50: raise ValueError(f"a grid needs at least 50 points, got {n}")
+    spread = (mixture.means.max()-mixture.means.min() + 18*mixture.stds.max()).item()
+    needed = math.ceil(2*spread/mixture.stds.min().item())
+    if n < needed:
+        raise ValueError(f"a std of {mixture.stds.min():g} is too narrow for a grid of "
+                         f"{n} points: n must be at least {needed}")
     steps = [_step_kl(mixture, sched, p, t, n) for t in range(1, sched.T+1)]
     def average(of, values):                            # over the density of a mixture
         x = _axis(of, 10*n)
@@ -141,6 +156,13 @@ def mask_sample(
     step = _mask_order(order, x0.shape[1]).to(x0.device).argsort() + 1
     return torch.where(step <= t[:, None], -1, x0)
 
+def _check_logits(logits, x):
+    "ValueError unless there are logits for each coordinate, and they are finite."
+    if logits.ndim != 3 or logits.shape[:2] != x.shape:
+        raise ValueError(f"the model must return logits {tuple(x.shape)} + (levels,), "
+                         f"got {tuple(logits.shape)}")
+    if logits.isnan().any(): raise ValueError("the model gave logits that are NaN")
+
 def mask_vlb_terms(
     model:Callable, # model(xt, t) -> logits of each coordinate, `(b, D, levels)`
     x0:Tensor,      # discrete images, `(b, D)` int64 in 0..levels-1
@@ -149,9 +171,7 @@ def mask_vlb_terms(
 )->Tensor:          # `(b,)` nats, for the whole image
     "L_{t-1} of eq. 5 under masking: the code length of the coordinate of step t."
     logits = model(mask_sample(x0, t, order), t)
-    if logits.ndim != 3 or logits.shape[:2] != x0.shape:
-        raise ValueError(f"the model must return logits {tuple(x0.shape)} + (levels,), "
-                         f"got {tuple(logits.shape)}")
+    _check_logits(logits, x0)
     if x0.numel() and x0.max() >= logits.shape[2]:
         raise ValueError(f"the model knows the levels 0..{logits.shape[2]-1}, "
                          f"the images have {x0.max().item()}")
@@ -173,8 +193,10 @@ def unmask_sample(
     order = _mask_order(order, D)
     x = torch.full((n, D), -1, device=order.device)
     for t in range(D, 0, -1):
-        logits = model(x, torch.full((n,), t, device=x.device))[:, order[t-1]]
-        drawn = torch.multinomial(logits.softmax(1), 1, generator=generator)
+        logits = model(x, torch.full((n,), t, device=x.device))
+        _check_logits(logits, x)
+        share = logits[:, order[t-1]].softmax(1)
+        drawn = torch.multinomial(share, 1, generator=generator)
         x[:, order[t-1]] = drawn[:, 0]
     return x
 
@@ -193,7 +215,9 @@ def dsm_loss(
     eps = noise_like(x0, noise, generator)
     xt = q_sample(sched, x0, t, eps)
     target = -eps/extract((1-sched.alpha_bar).sqrt(), t, x0)
-    return (score_model(xt, t)-target).flatten(1).pow(2).sum(1)
+    guess = score_model(xt, t)
+    _check_shape(guess, x0, 'the guess of the score')
+    return (guess-target).flatten(1).pow(2).sum(1)
 
 # %% ../nbs/18_connections.ipynb #f0e0c693
 def langevin_step(
@@ -202,9 +226,13 @@ def langevin_step(
     h:float,                             # step size, > 0
     generator:torch.Generator|None=None, # source of z
 )->Tensor:
-    "One step of Langevin dynamics: half of h along the score, noise of variance h."
+    """One step of Langevin dynamics: half of h along the score, noise of variance h.
+    ValueError for another shape, or h not positive."""
+    _check_shape(score, x, 'the score')
+    if not 0 < h < math.inf: raise ValueError(f"h must be positive, got {h}")
     return x + h/2*score + h**.5*noise_like(x, None, generator)
 
+@torch.no_grad()
 def annealed_langevin(
     score:Callable,                      # (x, sigma) -> score of data + sigma*noise
     x:Tensor,                            # the start, usually sigmas[0]*N(0, I)
@@ -216,9 +244,10 @@ def annealed_langevin(
     """NCSN's sampler (Song and Ermon 2019, algorithm 1). The defaults are its own.
     ValueError for levels that do not fall, or steps that are none."""
     sigmas = [float(s) for s in sigmas]
-    if not sigmas or sigmas[-1] <= 0 or any(a <= b for a, b in zip(sigmas, sigmas[1:])):
+    falls = all(a > b for a, b in zip([math.inf, *sigmas], [*sigmas, 0.]))
+    if not sigmas or not falls:
         raise ValueError(f"noise levels must fall and be positive, got {sigmas}")
-    if not (c > 0 and n >= 1):
+    if not (0 < c < math.inf and n >= 1):
         raise ValueError(f"c must be positive and n at least 1, got c = {c}, n = {n}")
     for sigma in sigmas:
         for _ in range(n):

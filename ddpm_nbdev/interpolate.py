@@ -8,6 +8,7 @@ __all__ = ['interpolate']
 # %% ../nbs/17_interpolate.ipynb #6c655504
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -81,11 +82,12 @@ def _check_step(t, T):
 
 def _check_lambdas(lambdas):
     "lambdas as float64 `(n,)`, on the CPU. ValueError unless each lies in [0, 1]."
-    try: lam = torch.as_tensor(lambdas).detach().to('cpu', torch.float64)
-    except (TypeError, ValueError, RuntimeError): lam = torch.empty(0)
+    if isinstance(lambdas, Tensor): lambdas = lambdas.detach().cpu().tolist()
+    try: lam = torch.from_numpy(np.array(lambdas, dtype=np.float64))
+    except (TypeError, ValueError): lam = torch.empty(0)
     if lam.ndim != 1 or len(lam) == 0:
         raise ValueError("lambdas must be a list of at least one number, "
-                         f"got {lambdas}")
+                         f"got {str(lambdas)[:60]}")
     bad = lam[~((lam >= 0) & (lam <= 1))]
     if len(bad):
         raise ValueError(f"each lambda must lie in [0, 1], got {bad[0].item()}")
@@ -137,7 +139,9 @@ def interpolate(
     _check_ends(ddpm, x0, x0_other)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    x0, n, b, found = x0.to(ddpm.device), len(lam), len(x0), []
+    weights = getattr(ddpm.model, 'parameters', lambda: [])()
+    dtype = next((p.dtype for p in weights if p.is_floating_point()), x0.dtype)
+    x0, n, b, found = x0.to(ddpm.device, dtype), len(lam), len(x0), []
     x0_other = x0_other.to(x0)
     key = torch.randint(2**62, (3,), generator=generator).tolist()
     for pair in torch.arange(n*b).split(batch_size):

@@ -6,6 +6,7 @@
 __all__ = ['ddpm_interpolate']
 
 # %% ../nbs/20b_interpolate_cli.ipynb #75c05ef8
+import os
 import re
 import time
 from argparse import ArgumentTypeError
@@ -162,8 +163,22 @@ def _check_output(out, overwrite):
     _free_output(out, overwrite)
     if out.suffix.lower() != '.png':
         raise ConfigError(f"out must be the name of a .png file, got {out}")
-    above = next(p for p in out.resolve().parents if p.exists())
+    try: above = next(p for p in out.resolve().parents if p.exists())
+    except (OSError, RuntimeError) as e:            # a loop of links, a name too long
+        raise ValueError(f"{out} cannot be written: {e}") from e
     if not above.is_dir(): raise ValueError(f"{above} is a file, not a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"nothing can be written into {above}: choose another --out")
+
+_MOST_PIXELS = 100_000_000  # in the picture
+
+def _check_size(n, rows, side, scale):
+    "ConfigError if the picture would have too many pixels."
+    pixels = (n+2)*rows*(side*scale+1)**2
+    if pixels > _MOST_PIXELS:
+        raise ConfigError(f"{n+2} x {rows} images, each {side*scale} pixels wide, "
+                          f"are too many ({pixels:.1e} pixels, at most "
+                          f"{_MOST_PIXELS:.0e}): lower --n or --scale")
 
 @_with_several_t
 def ddpm_interpolate(
@@ -213,10 +228,11 @@ def ddpm_interpolate(
     ends = _two_images(data, two, ddpm, model, split, data_dir)
     ddpm, kept = _chain_of(ddpm, t, steps_used, variance)
     places = [kept.index(s)+1 if s else 0 for s in t]
+    scale = scale or max(1, 64//ends.shape[-1])
+    _check_size(n, len(t), max(ends.shape[-2:]), scale)
     watched = not quiet and _can_show_progress()
     rows = _rows(ddpm, ends, places, n, seed, dict(noise=noise, mix=mix), watched)
     out.parent.mkdir(parents=True, exist_ok=True)
-    scale = scale or max(1, 64//ends.shape[-1])
     save_images(rows, out, n+2, scale, ddpm.levels)
     used = f"{len(kept)} of {kept[-1]}" if len(kept) < kept[-1] else len(kept)
     ends = f"{data}: {two[0]} to {two[1]}" if data else f"{two[0]} to {two[1]}"

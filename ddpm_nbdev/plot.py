@@ -274,7 +274,7 @@ def show_sliders(
     start = _checked_places(images, sliders, start)
     if not isinstance(scale, int) or scale < 1:
         raise ValueError(f"scale must be a whole number from 1, got {scale!r}")
-    k, key = len(start), re.sub(r'\W', '_', name)
+    k, key = len(start), re.sub(r'\W', lambda c: f'_{ord(c[0]):x}_', name)
     color = images.shape[-1] if images.ndim == k+3 else 1
     h, w = images.shape[k:k+2]
     (sheet, ncol), first = _sprite(images.reshape(-1, h, w, color)), images[start]
