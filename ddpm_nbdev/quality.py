@@ -71,8 +71,8 @@ def fid(
     b,        # features of the other, `(m, d)`
 )->float:     # in squared units of the features
     """Fréchet distance of two sets of features (Heusel et al. 2017), as if each were
-    normal. It is biased upward, in proportion to 1/n, and of little use unless n is several
-    times d. ValueError for other than two sets of rows of one width."""
+    normal. It is biased upward, in proportion to 1/n, and of little use unless n is
+    several times d. ValueError for other than two sets of rows of one width."""
     a, b = _two_sets(a, b)
     root_a, root_b = _root(a), _root(b)
     apart = (a.mean(0) - b.mean(0)).square().sum()
