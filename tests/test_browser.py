@@ -437,7 +437,7 @@ def test_the_bar_of_the_workshop(tab):
     tab.set_viewport_size({"width": 390, "height": 844})
     tab.goto("/plot.html")
     settled(tab)
-    box = tab.locator("#sliders_a_bar")
+    box = tab.locator("#sliders_a_20_bar")
     box.scroll_into_view_if_needed()
     tab.wait_for_function("e => e.querySelector('canvas')", arg=box.element_handle())
     for i, at in ((0, .25), (1, .02), (0, .98)):
@@ -459,7 +459,7 @@ def test_sliders_without_a_script(browser, base):
     try:
         page = context.new_page()
         page.goto("/plot.html")
-        box = page.locator("#sliders_a_bar")
+        box = page.locator("#sliders_a_20_bar")
         picture = box.locator("img")
         assert picture.is_visible() and picture.bounding_box()["width"] == 14*14 and "bar" in picture.get_attribute("alt")
         assert " ".join(box.locator(".sliders-rows").inner_text().split()) == "place = 6 gray = 128"
