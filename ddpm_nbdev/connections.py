@@ -35,7 +35,7 @@ def true_reverse(
     t:Tensor,                # steps, `(b,)`, each in 1..T
 )->TrueReverse:              # float64
     """The true step back, without knowledge of x_0: what eq. 16 compares with.
-    ValueError for t not in 1..T."""
+    ValueError for t not in 1..T, or points of another shape."""
     check_steps(sched, t)
     if xt.shape != (len(t), mixture.means.shape[1]):
         raise ValueError(f"points must be (b, d) = {len(t), mixture.means.shape[1]}, "
@@ -101,7 +101,8 @@ def eq16_terms(
     n:int=300,               # points of each grid
 )->Eq16:
     """The bound as eq. 16 has it: entropy of the data, plus what the model loses.
-    ValueError for data of more than one dimension, or without a density."""
+    ValueError for data of more than one dimension or without a density, a grid too
+    coarse for them, and a p of another shape."""
     if mixture.means.shape[1] != 1 or (mixture.stds == 0).any():
         raise ValueError("eq. 16 is computed on a grid: it needs a mixture in one "
                          "dimension with stds > 0, got means "
@@ -142,7 +143,8 @@ def mask_sample(
     t:Tensor,   # steps, `(b,)`, each in 1..D
     order=None, # `(D,)`: step t blanks coordinate order[t-1]; None: 0..D-1
 )->Tensor:      # x_t, `(b, D)`, -1 where it is blank
-    "x_0 with the first t coordinates blank: the q(x_t | x_0) of section 4.3."
+    """x_0 with the first t coordinates blank: the q(x_t | x_0) of section 4.3.
+    ValueError for what are no levels, a t not in 1..D, an order that is none."""
     if not isinstance(x0, Tensor) or x0.ndim != 2 or x0.dtype != torch.int64:
         got = f"{tuple(x0.shape)} {x0.dtype}" if isinstance(x0, Tensor) else type(x0)
         raise ValueError(f"images must be an int64 tensor (b, D), got {got}")
@@ -157,7 +159,7 @@ def mask_sample(
     return torch.where(step <= t[:, None], -1, x0)
 
 def _check_logits(logits, x):
-    "ValueError unless there are logits for each coordinate, and they are finite."
+    "ValueError unless there are logits for each coordinate, and none is NaN."
     if logits.ndim != 3 or logits.shape[:2] != x.shape:
         raise ValueError(f"the model must return logits {tuple(x.shape)} + (levels,), "
                          f"got {tuple(logits.shape)}")
@@ -169,7 +171,8 @@ def mask_vlb_terms(
     t:Tensor,       # steps, `(b,)`, each in 1..D
     order=None,     # as in `mask_sample`
 )->Tensor:          # `(b,)` nats, for the whole image
-    "L_{t-1} of eq. 5 under masking: the code length of the coordinate of step t."
+    """L_{t-1} of eq. 5 under masking: the code length of the coordinate of step t.
+    ValueError as `mask_sample`, and for logits of another shape or NaN."""
     logits = model(mask_sample(x0, t, order), t)
     _check_logits(logits, x0)
     if x0.numel() and x0.max() >= logits.shape[2]:
@@ -187,7 +190,8 @@ def unmask_sample(
     order=None,     # as in `mask_sample`
     generator:torch.Generator|None=None, # source of the draws
 )->Tensor:          # `(n, D)` int64
-    "D steps from the blank image, each draws one coordinate and copies the rest."
+    """D steps from the blank image, each draws one coordinate and copies the rest
+    (section 4.3). ValueError for n or D below 1, and for logits as above."""
     if n < 1 or D < 1:
         raise ValueError(f"at least one image of one coordinate, got n={n}, D={D}")
     order = _mask_order(order, D)
@@ -210,7 +214,8 @@ def dsm_loss(
     generator:torch.Generator|None=None, # source of eps
 )->Tensor:                               # `(b,)`, a sum over all elements
     """Denoising score matching: squared distance of a guess from the score of
-    q(x_t | x_0), which is -eps/sqrt(1 - alpha_bar). ValueError for t not in 1..T."""
+    q(x_t | x_0), which is -eps/sqrt(1 - alpha_bar); eq. 12 with another weight.
+    ValueError for t not in 1..T, or a guess of another shape."""
     check_steps(sched, t)
     eps = noise_like(x0, noise, generator)
     xt = q_sample(sched, x0, t, eps)

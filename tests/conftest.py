@@ -273,3 +273,15 @@ def call(monkeypatch, capsys):
         except SystemExit as e: status = e.code or 0
         return status, *capsys.readouterr()
     return run
+
+
+def failed(result, status, *said):
+    "One line on stderr that says what is wrong, no traceback."
+    code, out, err = result
+    assert code == status and not out, err
+    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
+    for s in said: assert s in err, err
+
+
+def contents(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}

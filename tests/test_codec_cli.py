@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import Python
+from conftest import Python, contents, failed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -34,18 +34,6 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(_Progress, "show", lambda self: None)
     monkeypatch.setattr(models, "calibrate", partial(calibrate, points=12, pixels=15_000))
     return tmp_path
-
-
-def failed(result, status, *said):
-    "One line on stderr that says what is wrong, no traceback."
-    code, out, err = result
-    assert code == status and not out, err
-    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
-    for s in said: assert s in err, err
-
-
-def contents(folder):
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def pictures(folder, levels=17):

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import Python
+from conftest import Python, contents, failed
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -42,17 +42,6 @@ def run(once):
         ddpm_train(f"folder:{folder}/pics", T=4, steps=2, batch_size=4, samples=0, out=str(folder/"run"), quiet=True)
         return folder
     return once("interpolate-run", make)
-
-
-def failed(result, status, *said):
-    "One line on stderr that says what is wrong, no traceback."
-    code, out, err = result
-    assert code == status and not out, err
-    assert len(err.strip().splitlines()) == 1 and "Traceback" not in err, err
-    for s in said: assert s in err, err
-
-
-def contents(folder): return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
 
 
 def tiles(path, rows, columns, side, scale):
