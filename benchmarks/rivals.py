@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ddpm_nbdev.data import Batches
+from ddpm_nbdev.graphs import Replayed
 from ddpm_nbdev.machines import LowPrecision
 from ddpm_nbdev.reverse import p_sample_progressive
 from ddpm_nbdev.train import TrainState, preset, training_step
@@ -93,10 +94,10 @@ def all_batches(s):
     "step -> images and their places, from memory: the same for all."
     return Batches(s.data.train.to(s.device), s.batch, flip=True, levels=s.data.levels)
 
-def ours_state(s, precision='float32', layout='channels last', compiled=False):
+def ours_state(s, precision='float32', layout='channels last', compiled=False, recorded=False):
     "The package's own training state for the settings `s`."
     cfg = preset('cifar10', batch_size=s.batch, model_args=s.net, precision=precision,
-                 compile=compiled)
+                 compile=compiled, cuda_graph=recorded)
     state = TrainState(cfg, s.data, s.device)
     wake(state.model)
     for net in (state.model, state.ema.model): net.to(memory_format=LAYOUTS[layout])
@@ -107,7 +108,7 @@ def ours_training(s, **kw):
     state, batches = ours_state(s, **kw), all_batches(s)
     return lambda: training_step(state, batches)
 
-def diffusers_training(s, precision='float32', tuned=False):
+def diffusers_training(s, precision='float32', tuned=False, compiled=False):
     """One step as in examples/unconditional_image_generation.
 
     `tuned`: with this package's optimizer, average and layout.
@@ -120,6 +121,7 @@ def diffusers_training(s, precision='float32', tuned=False):
                    foreach=tuned)
     opt = torch.optim.AdamW(net.parameters(), lr=1e-4, betas=(.95, .999), weight_decay=1e-6,
                             eps=1e-8, fused=tuned or None)
+    call = torch.compile(net) if compiled else net
     batches, g, step = all_batches(s), torch.Generator(s.device).manual_seed(0), [0]
     low = precision == 'bfloat16'
     cast = torch.autocast(s.device.type, torch.bfloat16) if low else contextlib.nullcontext()
@@ -128,7 +130,7 @@ def diffusers_training(s, precision='float32', tuned=False):
         step[0] += 1
         noise = torch.randn(x.shape, generator=g, device=x.device)
         t = torch.randint(0, 1000, (len(x),), generator=g, device=x.device)
-        with cast: out = net(sched.add_noise(x, noise, t), t).sample
+        with cast: out = call(sched.add_noise(x, noise, t), t).sample
         loss = F.mse_loss(out.float(), noise)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
@@ -161,22 +163,30 @@ def lucidrains_training(s):
 
 # ---- sampling: one call is `s.steps` steps of a batch
 
-def ours_sampling(s, precision='float32', layout='channels last'):
+def for_sampling(ddpm, precision='float32', compiled=False, recorded=False):
+    "The same model with a network that is faster to draw from."
+    net = ddpm.model if precision == 'float32' else LowPrecision(ddpm.model, DTYPES[precision])
+    if compiled: net = torch.compile(net)
+    return replace(ddpm, model=Replayed(net) if recorded else net)
+
+def ours_sampling(s, precision='float32', layout='channels last', **fast):
     "Algorithm 2."
     ddpm = ours_state(s, layout=layout).averaged()
     wake(ddpm.model)
-    if precision == 'bfloat16': ddpm = replace(ddpm, model=LowPrecision(ddpm.model))
+    ddpm = for_sampling(ddpm, precision, **fast)
+    ddpm.model.eval()
     g = torch.Generator(s.device).manual_seed(0)
     def run():
         x = torch.randn(s.batch, 3, 32, 32, generator=g, device=s.device)
         for _ in p_sample_progressive(ddpm.sched, ddpm.model, x, g, start=s.steps): pass
     return run
 
-def diffusers_sampling(s, precision='float32'):
-    "DDPMPipeline."
+def diffusers_sampling(s, precision='float32', compiled=False):
+    "DDPMPipeline; `compiled`: with channels last, too."
     lib = import_diffusers()
     pipe = lib.DDPMPipeline(unet=diffusers_net(s).eval(), scheduler=lib.DDPMScheduler(1000))
     pipe = pipe.to(s.device, DTYPES[precision])
+    if compiled: pipe.unet = torch.compile(pipe.unet.to(memory_format=torch.channels_last))
     pipe.set_progress_bar_config(disable=True)
     g = torch.Generator(s.device).manual_seed(0)
     return lambda: pipe(batch_size=s.batch, generator=g, num_inference_steps=s.steps,

@@ -85,7 +85,7 @@ class RunFolder:
         header = checkpoint_header(self.checkpoint)
         saved, now = header['config'], json.loads(json.dumps(asdict(state.cfg)))
         differ = [f"{k} was {saved.get(k)}, is now {v}" for k, v in now.items()
-                  if k not in _RESUMABLE and saved.get(k) != v]
+                  if k not in _RESUMABLE and saved.get(k, v) != v]
         if differ:
             raise ValueError(f"{self.path} cannot go on with other settings: "
                              f"{'; '.join(differ)}")

@@ -24,6 +24,7 @@ from torch.nn.utils import clip_grad_norm_
 from .data import Batches, Dataset
 from .ddpm import DDPM
 from .files import load_weights, write_whole
+from .graphs import Recorded
 from .machines import (PRECISIONS, Autocast, fast_layout, rank, size,
                                  sum_over_processes, to_device)
 from .noise import indexed_noise, indexed_uniform, subseed
@@ -106,6 +107,7 @@ class TrainConfig:
     shards:int=1             # parts a batch is computed in (default: one per process)
     precision:str='float32'  # inside the network: float32 or bfloat16
     compile:bool=False       # let torch.compile make faster code (for GPUs)
+    cuda_graph:bool=False    # record an update once, then replay it (a GPU only)
     ema_decay:float=.9999    # of the average of the weights
     ema_warmup:bool=False    # begin with a shorter average (for short runs)
     seed:int=0               # of everything random
@@ -133,7 +135,7 @@ def _check_settings(cfg):
     need('seed', whole(0, 2**32), "a whole number from 0 to 2**32-1")
     if cfg.flip not in (None, True, False):
         raise ConfigError(f"flip must be True, False or None, got {cfg.flip!r}")
-    for n in ('compile', 'ema_warmup'):
+    for n in ('compile', 'cuda_graph', 'ema_warmup'):
         if not isinstance(v := getattr(cfg, n), bool):
             raise ConfigError(f"{n} must be True or False, got {v!r}")
     for n in ('size', 'channels'):
@@ -153,6 +155,10 @@ def _check_settings(cfg):
     if cfg.keep_every % cfg.checkpoint_every:
         raise ConfigError("keep_every must be a multiple of checkpoint_every="
                           f"{cfg.checkpoint_every}, got {cfg.keep_every}")
+    if cfg.cuda_graph and (cfg.shards > 1 or cfg.clip == 'shard'):
+        raise ConfigError("cuda_graph=True records a batch in one piece: it needs "
+                          f"shards=1 and clip='batch', got {cfg.shards} and "
+                          f"{cfg.clip!r}")
     if cfg.variance == 'learned' and cfg.objective == 'simple':
         raise ConfigError("variance='learned' needs objective='vlb': "
                           "the variance does not occur in eq. 14")
@@ -281,16 +287,23 @@ def _network_for_training(
         model = DistributedDataParallel(model, gradient_as_bucket_view=True)
     return model
 
-def _shard_loss(
+def _shard_inputs(
     state,            # the TrainState
     batches:Batches,  # gives the images
     shard:int,        # which part of the batch, 0..shards-1
-)->Tensor:            # scalar
+)->tuple[Tensor,Tensor,Tensor]: # x0 and t and eps
+    "Lines 2 to 4 of Algorithm 1, for one part of the batch of the current update."
+    x0, place = batches(state.step, shard, state.cfg.shards)
+    return x0, *example_noise(state.cfg.seed, place, state.cfg.T, x0)
+
+def _seed_dropout(state, shard):
+    "Its masks belong to (seed, update, shard)."
+    torch.manual_seed(subseed(state.cfg.seed, 4, state.step, shard))
+
+def _shard_loss(state, batches, shard):
     "Algorithm 1 up to the gradient, for one part of the batch of the current update."
-    cfg = state.cfg
-    x0, place = batches(state.step, shard, cfg.shards)
-    t, eps = example_noise(cfg.seed, place, cfg.T, x0)
-    torch.manual_seed(subseed(cfg.seed, 4, state.step, shard))              # of dropout
+    x0, t, eps = _shard_inputs(state, batches, shard)
+    _seed_dropout(state, shard)
     return state.training.loss(x0, t=t, noise=eps).mean()
 
 # each: (state, batches) -> mean loss of the whole batch, and length of its gradient
@@ -298,6 +311,7 @@ def _shard_loss(
 def _clip_batch(state, batches):
     "The gradient of the whole batch, then clipped."
     cfg, net = state.cfg, state.training.model
+    state.opt.zero_grad()
     mine, loss = range(rank(), cfg.shards, size()), torch.zeros((), device=state.device)
     for shard in mine:
         wait = size() > 1 and shard != mine[-1]      # gradients are exchanged once
@@ -312,6 +326,7 @@ def _clip_shard(state, batches):
     "The gradient of each shard, clipped; then their average (official code)."
     shards, params, sums = state.cfg.shards, list(state.model.parameters()), None
     numbers = torch.zeros(2, device=state.device)                    # loss and length
+    state.opt.zero_grad()
     for shard in range(rank(), shards, size()):
         loss = _shard_loss(state, batches, shard)
         loss.backward()
@@ -326,7 +341,20 @@ def _clip_shard(state, batches):
     for p, g, part in zip(params, sums, parts): p.grad = g.copy_(part.view_as(g))
     return tuple(sum_over_processes(numbers)/shards)
 
-_CLIPS = {'batch': _clip_batch, 'shard': _clip_shard}
+def _clip_recorded(state, batches):
+    "As `_clip_batch`, in one process on a GPU, which replays what it did before."
+    inputs = _shard_inputs(state, batches, 0)
+    def gradient(x0, t, eps):
+        state.opt.zero_grad()               # so that the recording holds the gradients
+        loss = state.training.loss(x0, t=t, noise=eps).mean()
+        loss.backward()
+        norm = clip_grad_norm_(state.model.parameters(), state.cfg.grad_clip)
+        return loss.detach(), norm
+    if state.recorded is None: state.recorded = Recorded(gradient, inputs)
+    _seed_dropout(state, 0)
+    return tuple(v.clone() for v in state.recorded(*inputs))
+
+_CLIPS = {'batch': _clip_batch, 'shard': _clip_shard, 'recorded': _clip_recorded}
 
 def training_step(
     state,            # the TrainState, which moves on by one update
@@ -335,8 +363,8 @@ def training_step(
     """One update of Algorithm 1: gradient, Adam, average. The loss is the mean over the
     batch; no number is fetched from the device."""
     state.opt.param_groups[0]['lr'] = learning_rate(state.step, state.cfg)
-    state.opt.zero_grad()
-    loss, grad_norm = _CLIPS[state.cfg.clip](state, batches)
+    clip = 'recorded' if state.cfg.cuda_graph else state.cfg.clip
+    loss, grad_norm = _CLIPS[clip](state, batches)
     state.opt.step()
     state.ema.update(state.model)
     state.step += 1
@@ -354,7 +382,10 @@ class TrainState:
         device:torch.device, # where to train
     ):
         self.cfg, self.device = cfg, torch.device(device)
-        self.step, self.seconds = 0, 0.
+        self.step, self.seconds, self.recorded = 0, 0., None
+        if cfg.cuda_graph and (self.device.type != 'cuda' or size() > 1):
+            raise ConfigError("cuda_graph=True is for one process with a GPU, got "
+                              f"{size()} on {self.device}")
         fingerprint = zlib.crc32(data.train.contiguous().numpy())
         self.data = [len(data.train), fingerprint]              # to notice other images
         torch.manual_seed(subseed(cfg.seed, 0))                 # initialization

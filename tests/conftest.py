@@ -71,6 +71,7 @@ def cores(): return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffini
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU; skipped where there is none")
     config.addinivalue_line("markers", "browser: opens the built site in Chromium; skipped where there is none")
 
 

@@ -1,0 +1,510 @@
+#!/usr/bin/env python
+"""What ten minutes on a GPU show: is it right, how fast is it, and what does the paper's network
+draw after so long? Each stage is a process of its own and writes its result when it has one, so
+that a run that is cut short leaves what it had.
+
+    python benchmarks/gpu.py --data DIR --minutes 10 --out OUT
+    python benchmarks/gpu.py --data DIR --minutes 3 --out OUT2 --stages judge --run RUN
+    python benchmarks/gpu.py --tiny --device cpu --out OUT      # does it all run? minutes on a CPU
+
+DIR holds CIFAR-10 (its archive, or cifar-10-batches-bin); nothing is downloaded. Stages:
+
+right  the tests marked gpu; meanwhile, what the later stages will ask torch.compile for
+fast   steps a second, milliseconds a sampling step, memory, beside diffusers and the chip's limit
+real   the preset `cifar10` for the time that is left, then weights and samples
+judge  of a run that `real` made: bits/dim, the table of errors, earlier weights, interpolations
+"""
+import argparse
+import contextlib
+import gc
+import json
+import lzma
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rivals import (DIFFUSERS, FULL, OURS, TINY, diffusers_sampling, diffusers_training,
+                    find_missing, for_sampling, ours_net, ours_sampling, ours_training, rival_versions)
+from safetensors.torch import save_file
+from speed import images, machine
+from timing import Settings, ceiling_tasks, count_operations
+
+from ddpm_nbdev.data import epoch_order, load_dataset
+from ddpm_nbdev.ddpm import draw_samples
+from ddpm_nbdev.decoder import to_model_range, to_uint8
+from ddpm_nbdev.files import read_log, write_whole
+from ddpm_nbdev.interpolate import interpolate
+from ddpm_nbdev.likelihood import evaluate_bits_per_dim, measure_mse
+from ddpm_nbdev.noise import subseed
+from ddpm_nbdev.run import Interrupted, train
+from ddpm_nbdev.schedule import linear_schedule
+from ddpm_nbdev.train import load_checkpoint, preset
+
+ROOT = Path(__file__).parents[1]
+STAGES = 'right', 'fast', 'real', 'judge'
+BORROWED = dict(right=90, fast=105)                        # seconds at most; the rest is `real`'s
+
+def say(what): print(f"# {time.strftime('%T')} {what}", file=sys.stderr, flush=True)
+
+def write(path, what):
+    "A JSON file, whole or not at all."
+    write_whole(Path(path), (json.dumps(what, indent=1) + '\n').encode())
+
+class Clock:
+    "Seconds since the command began, over all its processes."
+    def __init__(self, began, minutes): self.began, self.whole = began, 60*minutes
+    def left(self): return self.whole - (time.time()-self.began)
+
+@contextlib.contextmanager
+def reported(results, name):
+    "What goes wrong inside is a line of the result, not the end of the stage."
+    start = time.perf_counter()
+    try: yield
+    except Exception as e:                                  # whatever a GPU may answer
+        say(f"{name}: {type(e).__name__}: {e}")
+        results.setdefault('failed', {})[name] = f"{type(e).__name__}: {' '.join(str(e).split())[:600]}"
+    finally:
+        results.setdefault('seconds', {})[name] = round(time.perf_counter()-start, 2)
+        gc.collect()
+        if torch.cuda.is_available():
+            with contextlib.suppress(Exception): torch.cuda.empty_cache()
+
+def settings(a):
+    "What rivals.py and timing.py want to know."
+    device = torch.device(a.device)
+    gpu = device.type == 'cuda'
+    return Settings(data=images(a.data), dir=a.data, device=device, tiny=a.tiny,
+                    net=TINY if a.tiny else FULL, batch=2 if a.tiny else 128,
+                    repeats=1 if a.tiny else 5, steps=2 if a.tiny else 20, compile=False,
+                    missing=find_missing(), bfloat16=True,
+                    sync=torch.cuda.synchronize if gpu else lambda: None)
+
+def tf32(on):
+    "Products and convolutions of float32 in TF32?"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
+
+# ---- right
+
+WARM = {  # what takes torch.compile a minute: each in a process of its own, for its cache
+    'training': lambda s: ours_training(s, precision='bfloat16', compiled=True),
+    'sampling': lambda s: ours_sampling(s.but(batch=2*s.batch, steps=1), 'bfloat16', compiled=True),
+    'diffusers training': lambda s: diffusers_training(s, 'bfloat16', True, compiled=True),
+    'diffusers sampling': lambda s: diffusers_sampling(s.but(batch=2*s.batch, steps=1), 'bfloat16',
+                                                       compiled=True)}
+
+def warm(a):
+    "Compile one of WARM and forget it: the compiler's cache on the disk does not."
+    run = WARM[a.warm](settings(a))
+    for _ in range(2): run()
+
+def right(a, clock):
+    "The tests marked gpu, while the compiler works beside them."
+    start, result = time.perf_counter(), {'machine': machine(torch.device(a.device))}
+    names = list(WARM)[:0 if a.tiny else None]
+    warmers = {n: subprocess.Popen([sys.executable, __file__, *a.again, '--warm', n],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+               for n in names}
+    notes = a.out/'notes.jsonl'
+    notes.unlink(missing_ok=True)
+    env = os.environ | {'DDPM_GPU_NOTES': str(notes), 'DDPM_TEST_DEVICE': a.device,
+                        'OMP_NUM_THREADS': '1' if a.tiny else '4'}
+    tests = [sys.executable, '-m', 'pytest', '-q', '-rA', '--noconftest', '-p', 'no:cacheprovider',
+             'tests/test_gpu.py', *(['-k', 'noise or needs'] if a.tiny else [])]
+    p = subprocess.Popen(tests, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
+                         stderr=subprocess.STDOUT)
+    try: out, _ = p.communicate(timeout=max(5, min(BORROWED['right'], clock.left()-20)))
+    except subprocess.TimeoutExpired:
+        p.kill()
+        out = p.communicate()[0] + '\nSTOPPED: no time left'
+    result |= {'tests': [line for line in out.splitlines()
+                         if line.startswith(('PASSED', 'FAILED', 'ERROR', 'SKIPPED', 'STOPPED'))],
+               'end': out[-6000:], 'status': p.returncode,
+               'notes': [json.loads(x) for x in notes.read_text().splitlines()] if notes.exists() else [],
+               'seconds_tests': round(time.perf_counter()-start, 1)}
+    notes.unlink(missing_ok=True)
+    write(a.out/'right.json', result)
+    result['compiled_beside'] = {}
+    for n, w in warmers.items():
+        left = start + BORROWED['right'] - time.perf_counter()
+        try: err = w.communicate(timeout=max(1, left))[1]
+        except subprocess.TimeoutExpired:
+            w.kill()
+            err = 'stopped: too slow'
+        result['compiled_beside'][n] = ('done' if w.returncode == 0 else (err or '')[-800:],
+                                        round(time.perf_counter()-start, 1))
+    write(a.out/'right.json', result)
+    say(f"tests: {out.strip().splitlines()[-1] if out.strip() else 'nothing'}")
+
+# ---- fast
+
+T, B = dict(precision='float32'), dict(precision='bfloat16')
+COMPILED, RECORDED = B | dict(compiled=True), B | dict(recorded=True)
+BOTH = COMPILED | RECORDED
+PLAN = [  # (group, who, what is said of it, TF32?, options), the most wanted rows first
+    ('training', OURS, 'bfloat16, compiled, recorded', True, BOTH),
+    ('training', OURS, 'bfloat16, compiled', True, COMPILED),           # if that one failed
+    ('training', OURS, 'bfloat16, recorded', True, RECORDED),
+    ('sampling', OURS, 'bfloat16, compiled, recorded', True, BOTH),
+    ('sampling', OURS, 'bfloat16, compiled', True, COMPILED),
+    ('sampling', OURS, 'bfloat16, recorded', True, RECORDED),
+    ('training', DIFFUSERS, 'bfloat16, our optimizer, average and layout, compiled', True,
+     COMPILED | dict(tuned=True)),
+    ('sampling', DIFFUSERS, 'bfloat16, channels last, compiled', True, COMPILED),
+    ('training', OURS, 'bfloat16', True, B),
+    ('training', DIFFUSERS, 'bfloat16', True, B),
+    ('training', DIFFUSERS, 'bfloat16, our optimizer, average and layout', True,
+     B | dict(tuned=True)),
+    ('sampling', OURS, 'bfloat16', True, B),
+    ('sampling', DIFFUSERS, 'bfloat16', True, B),
+    ('limits',),
+    ('training', OURS, 'TF32', True, T), ('training', OURS, 'float32', False, T),
+    ('training', OURS, 'bfloat16, channels first', True, B | dict(layout='channels first')),
+    ('training', DIFFUSERS, 'float32', False, T),
+    ('sampling', OURS, 'TF32', True, T), ('sampling', DIFFUSERS, 'TF32', True, T)]
+PROFILED = 'bfloat16, compiled, recorded', 'bfloat16'      # notes of the rows that are looked into
+MAKERS = {('training', OURS): ours_training, ('training', DIFFUSERS): diffusers_training,
+          ('sampling', OURS): ours_sampling, ('sampling', DIFFUSERS): diffusers_sampling}
+
+def rounds_of(run, s, seconds=.2):
+    "Seconds of a call: three to warm up, then rounds of as many as fit."
+    for _ in range(1 if s.tiny else 3): run()
+    s.sync()
+    start = time.perf_counter()
+    run()
+    s.sync()
+    n = 1 if s.tiny else max(1, round(seconds/(time.perf_counter()-start)))
+    times = []
+    for _ in range(s.repeats):
+        start = time.perf_counter()
+        for _ in range(n): run()
+        s.sync()
+        times.append((time.perf_counter()-start)/n)
+    return times
+
+def measured(group, who, note, t, kw, s):
+    "A row: seconds of a training step, or of one step of a batch's chain; memory."
+    tf32(t)
+    gpu = s.device.type == 'cuda'
+    if gpu: torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    run = MAKERS[group, who](s, **kw)
+    times = [v/(1 if group == 'training' else s.steps) for v in rounds_of(run, s)]
+    row = dict(group=group, what=who, note=note, options=kw, batch=s.batch, times=times,
+               seconds=statistics.median(times), ready_after=round(time.perf_counter()-start, 1))
+    if gpu: row['bytes'] = torch.cuda.max_memory_allocated()
+    if who == OURS and note in PROFILED: row['kernels'] = kernels(run, s)
+    say(f"{group}, {who}, {note}: {1e3*row['seconds']:.2f} ms")
+    return row
+
+def limits(s):
+    "What the chip does at best: operations a second, bytes a second."
+    found = {}
+    for train in (True, False):
+        for name, (run, operations) in ceiling_tasks(s, 'bfloat16', train).items():
+            found[f"{'training' if train else 'forward'}, {name}"] = operations/min(rounds_of(run, s, .05))
+    n = 256 if s.tiny else 8192
+    a, b = (torch.randn(n, n, device=s.device, dtype=torch.bfloat16) for _ in range(2))
+    found[f"matrix product {n}"] = 2*n**3/min(rounds_of(lambda: a @ b, s, .05))
+    x = torch.empty(2**20 if s.tiny else 2**30, device=s.device, dtype=torch.uint8)
+    y = torch.empty_like(x)
+    found['bytes copied'] = 2*len(x)/min(rounds_of(lambda: y.copy_(x), s, .05))
+    return found
+
+def kernels(run, s):
+    "Where one call's time goes: the longest kernels, milliseconds and how many."
+    from torch.profiler import ProfilerActivity, profile
+    gpu = s.device.type == 'cuda'
+    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*gpu) as prof:
+        run()
+        s.sync()
+    rows = [(e.key[:110], (e.self_device_time_total if gpu else e.self_cpu_time_total)/1e3, e.count)
+            for e in prof.key_averages()
+            if not gpu or e.device_type != torch.autograd.DeviceType.CPU]
+    rows.sort(key=lambda r: -r[1])
+    return dict(total_ms=sum(r[1] for r in rows), launches=sum(r[2] for r in rows), longest=rows[:45])
+
+def fast(a, clock):
+    "Rows until the time is over, the most wanted ones first; what is fastest is written down."
+    s, stop = settings(a), time.time() + min(BORROWED['fast'], clock.left()-20)
+    big = s.but(batch=2*s.batch)
+    versions, torch.backends.cudnn.benchmark = rival_versions(s.missing), True
+    result = {'machine': machine(s.device) | versions, 'rows': [], 'missing': s.missing}
+    def store(): write(a.out/'fast.json', result)
+    for group, *row in PLAN:
+        name = ', '.join([group, *row[:2]])
+        if row and (row[0] in s.missing or a.tiny and {'compiled', 'recorded'} & row[3].keys()): continue
+        whole = f"{name}, recorded"                         # the same and more, if it ran
+        if row and row[3] == COMPILED and whole in result.get('seconds', {}) \
+           and whole not in result.get('failed', {}): continue
+        if time.time() > stop:
+            result.setdefault('no_time_for', []).append(name)
+            continue
+        with reported(result, name):
+            if group == 'limits': result['limits'] = limits(s)
+            else: result['rows'].append(measured(group, *row, s if group == 'training' else big))
+        store()
+    result['gflop'] = {k: count_operations(lambda: ours_net(s), k == 'training')/1e9
+                       for k in ('training', 'sampling')}
+    store()
+
+def best(fast_result, group):
+    "The fastest of our own rows of a group, or the plainest where none was measured."
+    rows = [r for r in fast_result.get('rows', []) if r['group'] == group and r['what'] == OURS]
+    if not rows: return dict(precision='bfloat16'), None
+    row = min(rows, key=lambda r: r['seconds'])
+    return row['options'], row['seconds']
+
+# ---- real
+
+def planes(weights):
+    "bfloat16 tensors as two strings of bytes: sign and exponent, which compress, and the rest."
+    flat = torch.cat([weights[k].flatten() for k in sorted(weights)]).contiguous()
+    pairs = flat.view(torch.uint8).reshape(-1, 2)                       # little endian
+    return pairs[:, 1].contiguous().numpy().tobytes(), pairs[:, 0].contiguous().numpy().tobytes()
+
+def squeeze(part): return lzma.compress(part, preset=1)
+
+def pack(model, parts=4):
+    "The weights as bfloat16, without loss, in as many files: bytes each."
+    weights = {k: v.detach().to('cpu', torch.bfloat16) for k, v in model.state_dict().items()}
+    high, low = planes(weights)
+    n = -(-len(high)//16)
+    chunks = [high[i:i+n] for i in range(0, len(high), n)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool: small = list(pool.map(squeeze, chunks))
+    head = json.dumps({'shapes': {k: list(weights[k].shape) for k in sorted(weights)},
+                       'chunks': [len(c) for c in small]}).encode()
+    whole = len(head).to_bytes(8, 'little') + head + b''.join(small) + low
+    n = -(-len(whole)//parts)
+    return [whole[i*n:(i+1)*n] for i in range(parts)]
+
+def unpack(parts):
+    "name -> bfloat16 tensor, of what `pack` made."
+    whole = b''.join(parts)
+    n = int.from_bytes(whole[:8], 'little')
+    head, at, high = json.loads(whole[8:8+n]), 8+n, b''
+    for k in head['chunks']:
+        high += lzma.decompress(whole[at:at+k])
+        at += k
+    pairs = torch.stack([torch.frombuffer(bytearray(v), dtype=torch.uint8) for v in (whole[at:], high)], 1)
+    flat, weights, at = pairs.contiguous().view(torch.bfloat16).flatten(), {}, 0
+    for k, shape in head['shapes'].items():
+        n = torch.Size(shape).numel()
+        weights[k] = flat[at:at+n].reshape(shape).clone()
+        at += n
+    return weights
+
+def real_settings(a, options):
+    "The preset, its warm-up and average cut to a shorter run; what ends it is the clock."
+    if a.tiny:
+        return preset('cifar10', steps=4, batch_size=2, model_args=TINY, log_every=1, warmup=2,
+                      ema_warmup=True, ema_decay=.9, checkpoint_every=2, keep_every=2,
+                      sample_every=0)
+    return preset('cifar10', warmup=1000, ema_decay=.9995, ema_warmup=True, checkpoint_every=5000,
+                  keep_every=5000, log_every=50, sample_every=0,
+                  precision=options.get('precision', 'bfloat16'),
+                  compile=options.get('compiled', False), cuda_graph=options.get('recorded', False))
+
+def train_for(seconds, cfg, run, a, data):
+    "Train until the time is over, then stop as Ctrl-C does: saved, and able to go on."
+    alarm = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
+    alarm.daemon = True
+    alarm.start()
+    try: return train(cfg, run, a.device, data=data, progress=False, overwrite=True)
+    except Interrupted as e:
+        say(e)
+        return load_checkpoint(run, device=a.device)
+    finally: alarm.cancel()
+
+AFTERWARDS = 55                     # seconds for weights, the compiler once more, 256 samples
+
+def real(a, clock):
+    "Train until little time is left, then weights and samples."
+    fast_result = json.loads((a.out/'fast.json').read_text()) if (a.out/'fast.json').exists() else {}
+    result = {'machine': machine(torch.device(a.device)), 'data': a.note}
+    data = load_dataset('cifar10', data_dir=a.data) if a.data else images(None)
+    options, seconds = best(fast_result, 'training')
+    tf32(True)
+    torch.backends.cudnn.benchmark = True                # of all rows and of the run
+    run, began = Path(a.run or a.out/'run'), time.time()
+    for options in ([options] if a.tiny else [options, COMPILED, B]):   # plainer if it fails
+        cfg, failed = real_settings(a, options), result.pop('failed', None)
+        if a.steps: cfg = replace(cfg, steps=a.steps)
+        result |= {'config': dict(cfg.__dict__), 'training_options': options, 'failed_before': failed}
+        time_left = max(5, clock.left() - AFTERWARDS)
+        say(f"training for {time_left:.0f} s, {options}")
+        with reported(result, 'training'): ddpm = train_for(time_left, cfg, run, a, data)
+        if 'training' not in result.get('failed', {}): break
+    result |= {'seconds_training': time.time()-began, 'log': read_log(run)}
+    if torch.cuda.is_available(): result['bytes'] = torch.cuda.max_memory_allocated()
+    write(a.out/'real.json', result)
+    with reported(result, 'weights'):
+        for i, part in enumerate(pack(ddpm.model)): (a.out/f"weights.{i}").write_bytes(part)
+        result['bytes_packed'] = [(a.out/f"weights.{i}").stat().st_size for i in range(4)]
+    write(a.out/'real.json', result)
+    pictures, n = {}, 4 if a.tiny else 256
+    quick, _ = best(fast_result, 'sampling')
+    with reported(result, 'samples'):
+        drawing = for_sampling(ddpm, **quick)
+        drawing.model.eval()
+        if a.tiny: drawing = replace(drawing, sched=short(drawing))
+        with torch.no_grad():                            # what happens once is not timed
+            drawing.p(torch.zeros(n, *ddpm.shape, device=ddpm.device),
+                      torch.ones(n, dtype=torch.int64, device=ddpm.device))
+        drew = time.perf_counter()
+        pictures['samples'] = draw_samples(drawing, n, seed=0)
+        result |= {'seconds_samples': time.perf_counter()-drew, 'samples': n, 'sampling_options': quick}
+        save_file(pictures, a.out/'pictures.safetensors')
+        write(a.out/'real.json', result)
+    with reported(result, 'nearest'):
+        flat = data.train.flatten(1).to(a.device).float()
+        near = [(flat-v.to(a.device).flatten().float()).square().sum(1).argmin().item()
+                for v in pictures['samples'][:16]]
+        pictures |= {'nearest': data.train[near], 'nearest_places': torch.tensor(near)}
+        save_file(pictures, a.out/'pictures.safetensors')
+    write(a.out/'real.json', result)
+
+def short(ddpm):
+    "A schedule of four steps, for --tiny."
+    return linear_schedule(4, .05, .9).to(ddpm.device)
+
+# ---- judge
+
+def judge(a, clock):
+    "Numbers and pictures of a run that `real` made, the most wanted ones first."
+    run, device = Path(a.run or a.out/'run'), torch.device(a.device)
+    result, pictures = {'machine': machine(device)}, {}
+    data = load_dataset('cifar10', data_dir=a.data) if a.data else images(None)
+    tf32(True)
+    ddpm = load_checkpoint(run, device=device)
+    if a.tiny: ddpm = replace(ddpm, sched=short(ddpm))
+    low = for_sampling(ddpm, 'bfloat16', recorded=device.type == 'cuda')
+    low.model.eval()
+    n = 2 if a.tiny else 500
+    T = ddpm.sched.T
+    places = epoch_order(len(data.test), 0, 0)[:min(n, len(data.test))]
+    x = data.test[places]
+    def store():
+        if pictures: save_file(pictures, a.out/'judged.safetensors')
+        write(a.out/'judge.json', result)
+    def bits(model, m, name):
+        began = time.perf_counter()
+        r = evaluate_bits_per_dim(model, x[:m], torch.Generator().manual_seed(subseed(0, 3)), index=places[:m],
+                                  batch_size=T)
+        result[name] = {k: getattr(r, k) for k in ('n', 'total', 'total_error', 'L_T', 'L_mid', 'L_0')}
+        result[name]['seconds'] = time.perf_counter()-began
+        return r
+    with reported(result, 'bits'):
+        r = bits(low, n, 'test')
+        pictures |= {f"test_{k}": getattr(r, k).cpu() for k in ('terms', 'errors', 'mse')}
+        store()
+    with reported(result, 'bits in float32'):
+        tf32(False)
+        few = 2 if a.tiny else 16
+        result['test_16_low'] = (bits(low, few, 'test_few_bfloat16'), bits(ddpm, few, 'test_few_float32')) and few
+        tf32(True)
+        store()
+    with reported(result, 'table of errors'):
+        pictures['mse'] = measure_mse(low, data.train[epoch_order(len(data.train), 0, 1)[:n]], batch_size=n)
+        store()
+    with reported(result, 'chain'):
+        m = 4 if a.tiny else 16
+        keep = {T, *(round(T*f) for f in (.9, .8, .7, .6, .5, .4, .3, .2, .1, .05)), 1}
+        xs, x0s, ts = [], [], []
+        g = torch.Generator(device).manual_seed(1)
+        for t, xt, x0 in low.chain(m, g):
+            if t in keep:
+                ts.append(t)
+                xs.append(to_uint8(xt.clamp(-1, 1)).cpu())
+                x0s.append(to_uint8(x0.clamp(-1, 1)).cpu())
+        pictures |= {'chain_t': torch.tensor(ts), 'chain_x': torch.stack(xs), 'chain_x0': torch.stack(x0s)}
+        store()
+    with reported(result, 'interpolations'):
+        pairs = to_model_range(data.test[torch.arange(8) % len(data.test)]).to(device)
+        for t in (T//2, 3*T//4):
+            out = interpolate(low, pairs[:4], pairs[4:], t, [i/8 for i in range(9)],
+                              torch.Generator().manual_seed(0))
+            pictures[f"interpolation_{t}"] = to_uint8(out.flatten(0, 1)).reshape(out.shape).cpu()
+        pictures['interpolated'] = to_uint8(pairs).cpu()
+        store()
+    with reported(result, 'shared latents'):
+        g = torch.Generator(device).manual_seed(2)
+        path = {T: torch.randn(1, *ddpm.shape, generator=g, device=device)}
+        for t, xt, _ in low.chain(xT=path[T], generator=g): path[t-1] = xt
+        m = 2 if a.tiny else 8
+        for t in (T, 3*T//4, T//2, T//4):
+            start = path[t].expand(m, *ddpm.shape).contiguous()
+            out = start
+            for _, out, _ in low.chain(xT=start, generator=g, start=t): pass
+            pictures[f"shared_{t}"] = to_uint8(out.clamp(-1, 1)).cpu()
+        store()
+    for path in sorted((run/'checkpoints').glob('*.safetensors')):
+        if clock.left() < 15: break
+        with reported(result, f"samples of {path.stem}"):
+            early = load_checkpoint(path, device=device)
+            if a.tiny: early = replace(early, sched=short(early))
+            early = for_sampling(early, 'bfloat16', recorded=device.type == 'cuda')
+            pictures[f"samples_{int(path.stem)}"] = draw_samples(early, 4 if a.tiny else 64, seed=0)
+            if not result.get('raw') and int(path.stem) >= 2:
+                raw = load_checkpoint(path, ema=False, device=device)
+                if a.tiny: raw = replace(raw, sched=short(raw))
+                pictures['raw_at_first'] = draw_samples(for_sampling(raw, 'bfloat16', recorded=device.type == 'cuda'),
+                                                        4 if a.tiny else 64, seed=0)
+                result['raw'] = int(path.stem)
+            store()
+    store()
+
+# ---- the command
+
+DO = dict(right=right, fast=fast, real=real, judge=judge)
+
+def parser():
+    "The command line."
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument('--data', help="folder of CIFAR-10, or its archive (default: random images)")
+    p.add_argument('--minutes', type=float, default=10., help="time for all stages together")
+    p.add_argument('--out', type=Path, required=True, help="folder of the results")
+    p.add_argument('--stages', nargs='+', choices=STAGES, default=list(STAGES[:3]))
+    p.add_argument('--run', help="folder of the training run (default: OUT/run)")
+    p.add_argument('--steps', type=int, help="updates of `real` (default: what the time allows)")
+    p.add_argument('--note', default='', help="what to say of the data")
+    p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    p.add_argument('--tiny', action='store_true', help="a narrow network, few steps: does it all run?")
+    p.add_argument('--began', type=float, help=argparse.SUPPRESS)
+    p.add_argument('--alone', choices=STAGES, help=argparse.SUPPRESS)
+    p.add_argument('--warm', choices=list(WARM), help=argparse.SUPPRESS)
+    return p
+
+def main(argv=None):
+    "Each stage in a process of its own."
+    argv = sys.argv[1:] if argv is None else argv
+    a = parser().parse_args(argv)
+    a.began = a.began or time.time()
+    a.again = [*argv, *([] if '--began' in argv else ['--began', str(a.began)])]
+    clock = Clock(a.began, a.minutes)
+    a.out.mkdir(parents=True, exist_ok=True)
+    if a.warm: return warm(a)
+    if a.alone: return DO[a.alone](a, clock)
+    status = {}
+    for stage in a.stages:
+        limit = clock.left() - 3
+        say(f"{stage}: {clock.left():.0f} s left")
+        if limit < 5: break
+        p = subprocess.Popen([sys.executable, __file__, *a.again, '--alone', stage])
+        try: status[stage] = p.wait(timeout=limit)
+        except subprocess.TimeoutExpired:
+            p.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired): p.wait(timeout=3)
+            p.kill()
+            status[stage] = 'stopped'
+    say(f"done: {status}")
+    return int(any(status.values()))
+
+if __name__ == '__main__': sys.exit(main())
