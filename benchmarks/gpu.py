@@ -392,7 +392,8 @@ def judge(a, clock):
     places = epoch_order(len(data.test), 0, 0)[:min(n, len(data.test))]
     x = data.test[places]
     def store():
-        if pictures: save_file(pictures, a.out/'judged.safetensors')
+        whole = {k: v.nan_to_num(0) if v.is_floating_point() else v for k, v in pictures.items()}
+        save_file(whole, a.out/'judged.safetensors')       # entry 0 of a table of t is no number
         write(a.out/'judge.json', result)
     def bits(model, m, name):
         began = time.perf_counter()
