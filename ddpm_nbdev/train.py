@@ -157,8 +157,7 @@ def _check_settings(cfg):
                           f"{cfg.checkpoint_every}, got {cfg.keep_every}")
     if cfg.cuda_graph and (cfg.shards > 1 or cfg.clip == 'shard'):
         raise ConfigError("cuda_graph=True records a batch in one piece: it needs "
-                          f"shards=1 and clip='batch', got {cfg.shards} and "
-                          f"{cfg.clip!r}")
+                          "shards=1 and clip='batch'")
     if cfg.variance == 'learned' and cfg.objective == 'simple':
         raise ConfigError("variance='learned' needs objective='vlb': "
                           "the variance does not occur in eq. 14")
@@ -292,18 +291,16 @@ def _shard_inputs(
     batches:Batches,  # gives the images
     shard:int,        # which part of the batch, 0..shards-1
 )->tuple[Tensor,Tensor,Tensor]: # x0 and t and eps
-    "Lines 2 to 4 of Algorithm 1, for one part of the batch of the current update."
-    x0, place = batches(state.step, shard, state.cfg.shards)
-    return x0, *example_noise(state.cfg.seed, place, state.cfg.T, x0)
-
-def _seed_dropout(state, shard):
-    "Its masks belong to (seed, update, shard)."
-    torch.manual_seed(subseed(state.cfg.seed, 4, state.step, shard))
+    """Lines 2 to 4 of Algorithm 1, for one part of the batch of the current update;
+    dropout's masks, drawn next, belong to it, too."""
+    cfg = state.cfg
+    x0, place = batches(state.step, shard, cfg.shards)
+    torch.manual_seed(subseed(cfg.seed, 4, state.step, shard))
+    return x0, *example_noise(cfg.seed, place, cfg.T, x0)
 
 def _shard_loss(state, batches, shard):
     "Algorithm 1 up to the gradient, for one part of the batch of the current update."
     x0, t, eps = _shard_inputs(state, batches, shard)
-    _seed_dropout(state, shard)
     return state.training.loss(x0, t=t, noise=eps).mean()
 
 # each: (state, batches) -> mean loss of the whole batch, and length of its gradient
@@ -343,16 +340,15 @@ def _clip_shard(state, batches):
 
 def _clip_recorded(state, batches):
     "As `_clip_batch`, in one process on a GPU, which replays what it did before."
-    inputs = _shard_inputs(state, batches, 0)
     def gradient(x0, t, eps):
         state.opt.zero_grad()               # so that the recording holds the gradients
         loss = state.training.loss(x0, t=t, noise=eps).mean()
         loss.backward()
         norm = clip_grad_norm_(state.model.parameters(), state.cfg.grad_clip)
         return loss.detach(), norm
-    if state.recorded is None: state.recorded = Recorded(gradient, inputs)
-    _seed_dropout(state, 0)
-    return tuple(v.clone() for v in state.recorded(*inputs))
+    inputs = lambda: _shard_inputs(state, batches, 0)
+    if state.recorded is None: state.recorded = Recorded(gradient, inputs())
+    return tuple(v.clone() for v in state.recorded(*inputs()))
 
 _CLIPS = {'batch': _clip_batch, 'shard': _clip_shard, 'recorded': _clip_recorded}
 

@@ -1,6 +1,7 @@
 "benchmarks/speed.py and codec.py run and print what they promise; how long anything takes is never tested."
 import importlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
+
+from ddpm_nbdev.train import load_checkpoint
 
 ROOT = Path(__file__).parents[1]
 SPEED = ROOT/"benchmarks/speed.py"
@@ -148,3 +153,37 @@ def test_the_readme_shows_the_saved_files(part, capsys, name):
     tables = capsys.readouterr().out.strip()
     assert tables in (ROOT/"benchmarks/README.md").read_text()
     assert saved["images"] == {"digits": 360, "fashion_mnist": 200}[name] and not any("skipped" in r for r in saved["lossless"]+saved["lossy"])
+
+
+def test_a_gpus_ten_minutes_run_on_a_cpu(tmp_path, part):
+    "All four stages, tiny; the packed weights are those of the run, without loss; what fails is said and stops nothing."
+    gpu = part("gpu")
+    run = subprocess.run([sys.executable, ROOT/"benchmarks/gpu.py", "--tiny", "--device", "cpu", "--minutes", "9", "--out", tmp_path,
+                          "--stages", "right", "fast", "real", "judge"], text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    right, fast, real, judge = (json.loads((tmp_path/f"{n}.json").read_text()) for n in ("right", "fast", "real", "judge"))
+    assert right["status"] == 0 and any(t.startswith("PASSED") for t in right["tests"])
+    assert {r["group"] for r in fast["rows"]} == {"training", "sampling"} and all(r["seconds"] > 0 for r in fast["rows"])
+    assert fast["limits"]["bytes copied"] > 0 and not any(d.get("failed") for d in (fast, real, judge)), (fast.get("failed"), judge.get("failed"))
+    assert [r["step"] for r in real["log"]] == [1, 2, 3, 4]
+    weights = gpu.unpack([(tmp_path/f"weights.{i}").read_bytes() for i in range(4)])
+    kept = load_checkpoint(tmp_path/"run").model.state_dict()
+    assert weights.keys() == kept.keys() and all(torch.equal(weights[k], kept[k].bfloat16()) for k in kept)
+    pictures, judged = load_file(tmp_path/"pictures.safetensors"), load_file(tmp_path/"judged.safetensors")
+    assert pictures["samples"].shape == (4, 3, 32, 32) and judged["test_terms"].shape == (5,)
+    assert judge["test"]["total"] == pytest.approx(judge["test"]["L_T"] + judged["test_terms"][1:].sum().item(), rel=1e-4)
+
+
+def test_a_run_ends_when_its_time_is_over(tmp_path):
+    run = subprocess.run([sys.executable, ROOT/"benchmarks/gpu.py", "--tiny", "--device", "cpu", "--minutes", ".8", "--out", tmp_path,
+                          "--steps", "1000000", "--stages", "real"], text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0 and "to go on" in run.stderr, run.stderr
+    real = json.loads((tmp_path/"real.json").read_text())
+    assert 1 < real["log"][-1]["step"] < 1000000 and len(real["bytes_packed"]) == 4
+
+
+def test_the_stored_gpu_run_fits_its_pictures():
+    stored, pictures = json.loads((ROOT/"benchmarks/results/gpu_h200.json").read_text()), load_file(ROOT/"benchmarks/results/gpu_h200.safetensors")
+    assert len(stored["right"]["tests"]) == 17 and all(t.startswith("PASSED") for t in stored["right"]["tests"])
+    total = stored["judge"]["test"]["L_T"] + pictures["test_terms"][1:].double().sum().item()
+    assert total == pytest.approx(stored["judge"]["test"]["total"], rel=1e-5)
