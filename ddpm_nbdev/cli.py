@@ -27,7 +27,8 @@ from .likelihood import (Likelihood, best_steps, decoder_costs, even_steps,
 from .machines import (PRECISIONS, LowPrecision, join_processes, rank, size,
                                  sum_over_processes)
 from .measures import _check_quality, _with_quality, quality_of
-from .models import _chain_name, _data_of, _free_name, find_model
+from .models import (_add_metrics, _chain_name, _data_of, _free_name,
+                               _metrics_file, find_model)
 from .quality import report
 from .run import (Interrupted, _can_show_progress, _check_folder, _restarted,
                             _resume_command, _save_curve, _save_samples, _settings_of_run,
@@ -393,12 +394,7 @@ def ddpm_evaluate(
     start, where, say = time.perf_counter(), _choose_device(device), _printer(quiet)
     ddpm = find_model(what, 'cpu' if where == 'mps' else where)
     data = _data_of(what, dataset, ddpm, data_dir)
-    path = Path(what)/'metrics.json' if Path(what).is_dir() else None
-    path = Path(out) if out else path or _free_name(what, 'metrics', '.json')
-    path.parent.mkdir(parents=True, exist_ok=True)
-    weights = _weights_now(what)
-    if read_metrics(path) is None:
-        raise ValueError(f"{path} is not a file of metrics: choose another --out")
+    path, weights = _metrics_file(what, out), _weights_now(what)
     low = None if precision == 'float32' else PRECISIONS[precision]
     progress = not quiet and _can_show_progress()
     def bits(ddpm, x, k):
@@ -423,15 +419,15 @@ def ddpm_evaluate(
             evaluation['short_chain'] = {'steps': kept, 'test': _summary(r)}
     evaluation['seconds'] = round(time.perf_counter()-start, 1)
     if rank(): return evaluation
-    if not out and _weights_now(what) != weights:
-        path = _free_name(what, 'metrics', '.json')
-        say(f"note: the run in {what} went on meanwhile; its metrics.json stays")
-    write_json(path, {**(read_metrics(path) or {}), 'evaluation': evaluation})
     say(f"\n{_table(what, found, q)}")
     say(', '.join(f"{name}: test {r.total:.3f}" for name, r in better.items()))
     late = int((rate_distortion(curve)['rate'] < curve.total/2).sum())
     say(f"half of the bits are received after {late} of {T} reverse steps "
         f"({curve.n} image{'s'*(curve.n != 1)} at every step)")
+    if not out and _weights_now(what) != weights:
+        path = _free_name(what, 'metrics', '.json')
+        say(f"note: the run in {what} went on meanwhile; its metrics.json stays")
+    _add_metrics(path, evaluation=evaluation)
     if n:
         done = _keep_mse(what, best.mse, weights)
         kept = f"kept in {what}/config.json" if done else "not kept"

@@ -234,6 +234,32 @@ class DDPM:
         return cls.load(_shipped(name), device)
 
 # %% ../nbs/10_ddpm.ipynb #06e49610
+def _sample_batches(
+    ddpm:DDPM,            # to sample from
+    mine:range,           # which of the images that the seed names
+    seed:int,             # same seed, same images
+    batch_size:int,       # images at a time; the images do not depend on it
+    progress:bool=False,  # draw a progress bar, one for all batches
+    watch:Callable|None=None, # called with (t, x_t), t = T..0, of the first batch
+)->Iterator[Tensor]:      # float `(b, c, h, w)`, not rounded, where the model is
+    "Algorithm 2 for each of these images, with the noise that belongs to it."
+    key, T = subseed(seed, 2), ddpm.sched.T
+    starts = range(mine.start, mine.stop, batch_size)
+    steps, shown = range(T*len(starts)), progress and len(starts)
+    bar = iter(progress_bar(steps, leave=False)) if shown else None
+    for first in starts:
+        last = min(first+batch_size, mine.stop)
+        index = torch.arange(first, last, device=ddpm.device)
+        noise = lambda t, x: indexed_noise(key, index, torch.full_like(index, t), x)
+        x = noise(T+1, torch.empty(len(index), *ddpm.shape, device=ddpm.device))
+        see = watch if watch and not first else lambda t, x: None
+        see(T, x)
+        for t, x, _ in ddpm.chain(xT=x, noise=noise):
+            if bar: next(bar)
+            see(t-1, x)
+        yield x
+    if bar: next(bar, None)                                  # the bar goes away
+
 def draw_samples(
     ddpm:DDPM,            # to sample from
     n:int,                # how many images
@@ -246,17 +272,7 @@ def draw_samples(
     its share, and all get the whole. ValueError if an image comes out not finite."""
     for name, v, least in (('n', n, 0), ('batch_size', batch_size, 1)):
         if v < least: raise ValueError(f"{name} must be at least {least}, got {v}")
-    key, T, mine = subseed(seed, 2), ddpm.sched.T, my_share(n)
+    batches = _sample_batches(ddpm, my_share(n), seed, batch_size, progress, watch)
     parts = [torch.zeros(0, *ddpm.shape, dtype=torch.uint8)]
-    for first in range(mine.start, mine.stop, batch_size):
-        last = min(first+batch_size, mine.stop)
-        index = torch.arange(first, last, device=ddpm.device)
-        noise = lambda t, x: indexed_noise(key, index, torch.full_like(index, t), x)
-        x = noise(T+1, torch.empty(len(index), *ddpm.shape, device=ddpm.device))
-        see = watch if watch and not first else lambda t, x: None
-        see(T, x)
-        chain = ddpm.chain(xT=x, noise=noise)
-        for t, x, _ in progress_bar(chain, total=T, leave=False) if progress else chain:
-            see(t-1, x)
-        parts.append(to_uint8(x, ddpm.levels).cpu())
+    parts += [to_uint8(x, ddpm.levels).cpu() for x in batches]
     return gather_rows(torch.cat(parts))

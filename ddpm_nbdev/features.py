@@ -148,7 +148,8 @@ class Features:
         images:Tensor,        # in [-1, 1], `(n, c, h, w)`, float, not rounded
     )->tuple[Tensor,Tensor]:  # features `(n, d)`, probabilities `(n, classes)`
         """Features and class probabilities, float64, on the CPU. Values are clamped to
-        [-1, 1], as the official code does. ValueError for anything but such images."""
+        [-1, 1], as the official code does. ValueError for anything but such images, and
+        for values beyond 1.5 in size."""
         _check_images(self, images)
         parts = [self.network(x.float().clamp(-1, 1).to(self.device))
                  for x in images.split(self.batch_size)]
@@ -169,6 +170,9 @@ class Features:
 
 def _check_images(features, images):
     "Raise ValueError for what are no images in [-1, 1], or not of the right shape."
+    if not isinstance(images, Tensor):
+        raise ValueError("features need a tensor of images (n, c, h, w), in [-1, 1], "
+                         f"got {type(images).__name__}")
     if images.ndim != 4 or not len(images):
         raise ValueError("features need images (n, c, h, w), at least one, "
                          f"got {tuple(images.shape)}")
@@ -183,9 +187,13 @@ def _check_images(features, images):
                          "see to_model_range")
     if not images.isfinite().all():
         raise ValueError("an image has values that are not finite (NaN or infinity)")
-    if images.min() >= 0 and images.max() > 1.5:
+    low, high = images.min(), images.max()
+    if low >= 0 and high > 1.5:
         raise ValueError("features need images in [-1, 1], these look like gray "
-                         f"levels 0 to {images.max():g}: see to_model_range")
+                         f"levels 0 to {high:g}: see to_model_range")
+    if max(-low, high) > 1.5:           # a sample may end a little outside, not so far
+        raise ValueError("features need images in [-1, 1], these go from "
+                         f"{low:g} to {high:g}: see to_model_range")
 
 # %% ../nbs/14b_features.ipynb #ee1f3a5f
 def _shipped_judge(

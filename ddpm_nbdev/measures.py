@@ -11,23 +11,20 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from hashlib import sha256
-from itertools import repeat
 from pathlib import Path
 
 import pooch
 import torch
-from fastprogress.fastprogress import progress_bar
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .data import Dataset, epoch_order
-from .ddpm import DDPM
+from .ddpm import DDPM, _sample_batches
 from .decoder import to_model_range
 from .features import FEATURES, Features, load_features
 from .files import WeightsError, read_header, read_weights, write_whole
 from .machines import (Autocast, _free_memory, any_process, eval_mode,
                                  gather_rows, my_share, rank, size)
-from .noise import indexed_noise, subseed
 from .quality import fid, inception_score, kid, precision_recall
 from .train import ConfigError
 
@@ -98,20 +95,23 @@ def _kept(
     fits = x is not None and x.ndim == 2 and len(x) == n and x.dtype == torch.float32
     return x if fits and said == _checksum([x]) else None
 
-def _keep(path, x):
-    "Write features, if that is possible; of several processes on a machine, one does."
+def _keep(path, x, say):
+    "Write features, or say why not; of several processes on a machine, one does."
     if int(os.environ.get('LOCAL_RANK', 0)): return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         said = {'sha256': _checksum([x])}
         write_whole(path, safetensors_bytes({'features': x}, said))
-    except OSError: pass                          # a folder that cannot be written to
+    except OSError as e:                          # a folder that cannot be written to
+        say(f"note: features of real images cannot be kept in {path.parent} "
+            f"({e.strerror or e}): next time they are computed again")
 
 def _real_features(
     features:Features,    # the network that looks
     images:Tensor,        # uint8 `(n, c, h, w)` in 0..levels-1, on the CPU
     levels:int=256,       # gray levels
     cache:str|Path|None=None, # folder where they are kept; None: where downloads go
+    say:Callable=lambda line: None, # is told if they cannot be kept
 )->Tensor:                # float64 `(n, d)`
     """Features of real images, kept in a file; each process looks at its share and gets
     all. ValueError for images that do not fit the network."""
@@ -126,7 +126,7 @@ def _real_features(
         parts += [features(to_model_range(x, levels)) for x in
                   images[mine.start:mine.stop].split(features.batch_size) if len(x)]
         found = gather_rows(torch.cat(parts).float())
-        _keep(path, found)
+        _keep(path, found, say)
     return found.double()
 
 # %% ../nbs/19c_measures.ipynb #b1cd016c
@@ -139,23 +139,13 @@ def _sampled(
     progress:bool,     # draw a progress bar
 )->tuple[Tensor,Tensor]: # float64 `(n, d)`, `(n, classes)`
     "Features and class probabilities of samples; each process draws its share."
-    key, T, mine = subseed(seed, 2), ddpm.sched.T, my_share(n)
-    places = torch.arange(mine.start, mine.stop, device=ddpm.device)
-    batches, like = places.split(batch_size), torch.empty(1, *ddpm.shape)
-    steps = range(T*len(batches))
-    bar = iter(progress_bar(steps, leave=False) if progress else repeat(0))
-    nothing = features.both(torch.zeros_like(like))
+    nothing = features.both(torch.zeros(1, *ddpm.shape))
     parts = [tuple(x[:0] for x in nothing)]                        # if there are none
-    for index in batches:
-        if not len(index): continue
-        noise = lambda t, x: indexed_noise(key, index, torch.full_like(index, t), x)
-        x = noise(T+1, like.expand(len(index), -1, -1, -1).to(ddpm.device))
-        for _, x, _ in ddpm.chain(xT=x, noise=noise): next(bar)
+    for x in _sample_batches(ddpm, my_share(n), seed, batch_size, progress):
         if not x.isfinite().all():
             raise ValueError("samples have pixels that are not finite (NaN or "
                              "infinity): the network that made them is damaged")
-        parts.append(features.both(x))
-    next(bar, None)                                                # the bar goes away
+        parts.append(features.both(x.clamp(-1, 1)))      # some chains end far outside
     seen, probs = map(torch.cat, zip(*parts))
     return gather_rows(seen), gather_rows(probs)
 
@@ -167,12 +157,14 @@ def _seconds_each(
     most:int,         # images in a batch
 )->float:
     "Seconds per image, from a batch large enough to be timed."
+    def timed():
+        start = time.perf_counter()
+        call(b)
+        return time.perf_counter() - start
     b = min(8, most)
     call(b)                                              # the first call is slow
     while True:
-        start = time.perf_counter()
-        call(b)
-        took = time.perf_counter() - start
+        took = min(timed() for _ in range(3))            # others use the machine, too
         if took > .1 or b == most: return took/b
         b = min(4*b, most)
 
@@ -240,6 +232,21 @@ def _row(
             'samples': n, 'train_images': len(train), 'test_images': len(test),
             'features': name, 'dimensions': seen.shape[1]}
 
+def _announced(
+    n:int,         # samples
+    d:int,         # features of each
+    name:str,      # of the features
+    seconds:float, # it will take
+)->list[str]:
+    "What is said before it begins."
+    lines = [f"quality: {n} samples, {_name(name, 'FID')} by {d} features ({name}); "
+             f"about {_duration(seconds)}"]
+    far = 'far ' if n <= d else ''
+    if n < 5*d:                                  # FID's bias is proportional to 1/n
+        lines.append(f"note: FID of {n} samples with {d} features is {far}too high: "
+                     "take more")
+    return lines
+
 def quality_of(
     ddpm:DDPM,          # the model
     data:Dataset,       # the real images: all of its training and test part
@@ -275,12 +282,12 @@ def quality_of(
     new = sum(len(x) for x in real
               if _kept(_file_of(features, x, data.levels, cache), len(x)) is None)
     took = _estimate(ddpm, features, n, batch_size, new)
-    say(f"quality: {n} samples, {_name(features.name, 'FID')} by {d} features "
-        f"({features.name}); about {_duration(took)}")
-    if n <= d:
-        say(f"note: FID of {n} samples with {d} features is far too high: take more")
+    for line in _announced(n, d, features.name, took): say(line)
     seen, probs = _sampled(ddpm, features, n, seed, batch_size, progress)
-    known = [_real_features(features, x, data.levels, cache) for x in real]
+    notes = []
+    known = [_real_features(features, x, data.levels, cache, notes.append)
+             for x in real]
+    for line in notes[:1]: say(line)                   # one: they lie in one folder
     if rank(): return {}
     train, test = (*known, known[0][:0])[:2]
     row = _row(features.name, seen, probs, train, test)

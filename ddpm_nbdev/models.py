@@ -6,6 +6,7 @@
 __all__ = ['find_model']
 
 # %% ../nbs/19b_models.ipynb #69a67e02
+import tempfile
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from .calibration import Calibrated, _read_tables, calibrate, save_calibration
 from .data import Dataset, load_dataset
 from .ddpm import DDPM
-from .files import WeightsError, read_header
+from .files import WeightsError, read_header, read_metrics, write_json
 from .machines import fast_layout
 from .pretrained import _is_diffusers, load_diffusers
 from .progressive import fingerprints
@@ -38,6 +39,14 @@ def _home(
     try: return _shipped(what)
     except WeightsError as e:
         raise WeightsError(f"{e}; and there is no run in a folder {what}") from e
+
+def _own_folder(
+    what:str,   # as for `_home`
+)->Path|None:   # a folder; None: a checkpoint, a shipped model, one on the hub
+    "The user's folder that holds the model; another one of its name does not count."
+    folder = Path(what)
+    holds = folder.is_dir() and (_ours(folder) or _is_diffusers(folder))
+    return folder if holds else None
 
 def _load(what, device):
     "A model as its file has it."
@@ -66,7 +75,7 @@ def _data_of(
     checkpoint = path if path.is_file() else path/'checkpoint.safetensors'
     if dataset is None and checkpoint.exists():
         dataset = checkpoint_header(checkpoint)['config']['dataset']
-    if dataset is None and (path.is_dir() or '/' in what):
+    if dataset is None and (_own_folder(what) or '/' in what):
         raise ValueError(f"{what} does not say what it was trained on: "
                          "name it with --dataset")
     data = load_dataset(dataset or what, side, channels, data_dir)
@@ -134,3 +143,34 @@ def _chain_name(
 )->Path:
     "Where the picture of the chain goes."
     return path.with_name(path.stem + '_chain.png')
+
+# %% ../nbs/19b_models.ipynb #c1d20a62
+def _metrics_file(
+    what:str,      # what is evaluated
+    out:str|None,  # as asked for; None: the file of its run, or a free name
+)->Path:           # nothing is written yet, and no folder is made
+    "Where numbers go. ValueError if other things are there, or if that cannot be."
+    home = _own_folder(what)
+    path = Path(out) if out else home/'metrics.json' if home else (
+        _free_name(what, 'metrics', '.json'))
+    if read_metrics(path) is None:
+        raise ValueError(f"{path} is not a file of metrics: choose another --out")
+    try:                       # a file that is gone at once, with a name as long as the
+        folder = next(p for p in path.absolute().parents if p.exists()) # one to come
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=path.name,
+                                         suffix='.writable'): pass
+    except OSError as e: raise _cannot_write(path, e) from e
+    return path
+
+def _cannot_write(path, e): # an error that names the file, and not a temporary one
+    return ValueError(f"{path}: cannot be written ({e.strerror or e})")
+
+def _add_metrics(
+    path:Path,  # from `_metrics_file`
+    **numbers,  # JSON-able
+):
+    "Add numbers to a file, which may not be there yet. ValueError if that cannot be."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, (read_metrics(path) or {}) | numbers)
+    except OSError as e: raise _cannot_write(path, e) from e

@@ -7,6 +7,7 @@ __all__ = ['classifier_confidence', 'fid', 'kid', 'nearest', 'precision_recall',
 
 # %% ../nbs/15_quality.ipynb #28fdb010
 import copy
+import operator
 from dataclasses import replace
 
 import torch
@@ -32,28 +33,64 @@ def classifier_confidence(
             'classes': which.bincount(minlength=10).tolist(), 'images': len(x)}
 
 # %% ../nbs/15_quality.ipynb #2fa370eb
+_LARGEST = 1e45   # KID adds up sixth powers, and 1e270 leaves room for that in float64
+
+def _real(
+    x,         # a tensor, an array, lists of numbers
+    name:str,  # of the argument, for the message
+)->Tensor:     # on the CPU
+    "Real numbers, or a ValueError."
+    try: x = torch.as_tensor(x).detach().cpu()
+    except (TypeError, ValueError, RuntimeError, OverflowError) as e:
+        raise ValueError(f"{name} must be a tensor, an array or lists of numbers, in "
+                         f"rows of one length, got {type(x).__name__}") from e
+    if x.is_complex() or x.layout != torch.strided:
+        raise ValueError(f"{name} must be numbers: real numbers in a dense tensor, got "
+                         f"{x.dtype}, {x.layout}")
+    return x
+
+def _whole(
+    v,         # how many neighbors, or sets
+    name:str,  # of the argument, for the message
+)->int:
+    "A whole number, or a ValueError."
+    try: return operator.index(None if isinstance(v, bool) else v)
+    except TypeError as e:
+        said = ' '.join(repr(v)[:40].split())
+        raise ValueError(f"{name} must be a whole number, at least 1, "
+                         f"got {said}") from e
+
 def _rows(
-    x,            # a tensor or an array
-    what:str,     # what it is, for the message
-    least:int=2,  # so many rows must be there
-)->Tensor:        # float64 `(n, d)`, on the CPU
+    x,               # as for `_real`
+    name:str,        # of the argument, for the message
+    least:int=2,     # so many rows must be there
+    k:int|None=None, # because so many neighbors are asked for
+)->Tensor:           # float64 `(n, d)`, on the CPU
     "Rows of finite numbers, or a ValueError."
-    x = torch.as_tensor(x).detach().cpu().double()
+    x = _real(x, name)
     if x.ndim != 2:
-        raise ValueError(f"{what} must be rows (n, d), got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must be rows (n, d), got shape {tuple(x.shape)}")
+    if len(x) < least and k:
+        raise ValueError(f"k={k} needs at least {least} rows, got {len(x)} in {name}")
     if len(x) < least:
-        raise ValueError(f"{what} need at least {least} rows, got {len(x)}")
+        raise ValueError(f"{name} must have at least {least} rows, got {len(x)}")
+    if not x.shape[1]: raise ValueError(f"{name} must have at least one column, got 0")
+    x = x.double()
     if not x.isfinite().all():
-        raise ValueError(f"{what} have values that are not finite (NaN or infinity)")
+        raise ValueError(f"{name} has values that are not finite (NaN or infinity)")
+    if x.abs().max() > _LARGEST:
+        raise ValueError(f"{name} has values that are too large, {x.abs().max():.3g}; "
+                         f"at most {_LARGEST:g} in size are right")
     return x
 
 def _two_sets(
-    a,            # features `(n, d)`
-    b,            # features `(m, d)`
-    least:int=2,  # so many rows each
+    a,               # features `(n, d)`
+    b,               # features `(m, d)`
+    names=('a','b'), # of the arguments, for the message
+    k:int|None=None, # more than so many rows each; None: two
 )->tuple[Tensor,Tensor]: # both in float64
     "Two sets of features of one width, or a ValueError."
-    a, b = _rows(a, 'features', least), _rows(b, 'features', least)
+    a, b = (_rows(x, name, (k or 1)+1, k) for x, name in zip((a, b), names))
     if a.shape[1] != b.shape[1]:
         raise ValueError(f"features of different width, {a.shape[1]} and {b.shape[1]}: "
                          "they come from different networks")
@@ -72,7 +109,8 @@ def fid(
 )->float:     # in squared units of the features
     """Fréchet distance of two sets of features (Heusel et al. 2017), as if each were
     normal. It is biased upward, in proportion to 1/n, and of little use unless n is
-    several times d. ValueError for other than two sets of rows of one width."""
+    several times d. ValueError for other than two sets of rows of one width, of finite
+    numbers up to 1e45 in size."""
     a, b = _two_sets(a, b)
     root_a, root_b = _root(a), _root(b)
     apart = (a.mean(0) - b.mean(0)).square().sum()
@@ -105,13 +143,13 @@ def nearest(
     k:int=1,        # how many neighbors
 )->tuple[Tensor,Tensor]: # distances float64 `(n, k)`, rising; places in pool, int64
     """The nearest neighbors by Euclidean distance; a copy has the distance 0.
-    ValueError for images of different shape or fewer than k of them."""
-    q, p = (torch.as_tensor(v).detach().cpu() for v in (queries, pool))
+    ValueError for images of different shape, fewer than k of them, or no numbers."""
+    q, p, k = _real(queries, 'queries'), _real(pool, 'pool'), _whole(k, 'k')
     if q.ndim < 2 or p.ndim < 2 or q.shape[1:] != p.shape[1:]:
-        raise ValueError("neighbors need two sets (n, ...) of one shape, got "
+        raise ValueError("queries and pool must be sets (n, ...) of one shape, got "
                          f"{tuple(q.shape)} and {tuple(p.shape)}")
     if k < 1: raise ValueError(f"k must be at least 1, got {k}")
-    q, p = _rows(q.flatten(1), 'queries', 1), _rows(p.flatten(1), 'neighbors', k)
+    q, p = _rows(q.flatten(1), 'queries', 1), _rows(p.flatten(1), 'pool', k, k)
     found = [torch.cdist(part, p).topk(k, largest=False).indices
              for part in q.split(256)]
     place = torch.cat(found)
@@ -139,8 +177,9 @@ def precision_recall(
 )->tuple[float,float]: # precision, recall
     """How many fakes lie where real images are, how many real ones where fakes are
     (Kynkäänniemi et al. 2019). ValueError as for `fid`, and for k or fewer rows."""
+    k = _whole(k, 'k')
     if k < 1: raise ValueError(f"k must be at least 1, got {k}")
-    real, fake = _two_sets(real, fake, k+1)
+    real, fake = _two_sets(real, fake, ('real', 'fake'), k)
     return _share_inside(fake, real, k), _share_inside(real, fake, k)
 
 # %% ../nbs/15_quality.ipynb #448ae4dc
@@ -151,11 +190,11 @@ def inception_score(
     """exp of the mean KL from p(y) to p(y|x) (Salimans et al. 2016), between 1 and the
     number of classes. ValueError for what are no probabilities, or more sets than rows.
     """
-    p = _rows(probs, 'probabilities', 1)
+    p, splits = _rows(probs, 'probs', 1), _whole(splits, 'splits')
     if p.min() < 0 or (p.sum(1) - 1).abs().max() > 1e-4:
-        raise ValueError("probabilities must not be negative, and each row must sum to "
-                         f"one; smallest {p.min():.3g}, sums {p.sum(1).min():.4g} to "
-                         f"{p.sum(1).max():.4g}")
+        raise ValueError("probs must not be negative, and each row must sum to one; "
+                         f"smallest {p.min():.3g}, sums {p.sum(1).min():.6g} to "
+                         f"{p.sum(1).max():.6g}")
     if not 1 <= splits <= len(p):
         raise ValueError(f"splits must be 1 to the number of rows, {len(p)}, "
                          f"got {splits}")

@@ -120,9 +120,10 @@ def choose(
     name:str,   # the choice
 ):              # table[name]
     "Look a choice up, or raise a ValueError that lists what is known."
-    if name not in table:
-        raise ValueError(f"unknown {what} {name!r}; known: {', '.join(table)}")
-    return table[name]
+    try: return table[name]
+    except (KeyError, TypeError) as e:                # TypeError: no hash, as of a list
+        known = ', '.join(table)
+        raise ValueError(f"unknown {what} {name!r}; known: {known}") from e
 
 def describe_schedule(
     sched:NoiseSchedule, # any schedule

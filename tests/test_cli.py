@@ -778,6 +778,40 @@ def test_evaluate_leaves_other_files_alone(call, here, content):
     assert status == 1 and "a.json is not a file of metrics" in err and (here/"a.json").read_text() == content
 
 
+ONE = "--images", 1, "--steps", 1, "--curve-images", 1
+
+
+def test_evaluate_looks_past_a_folder_without_a_model(call, here):
+    "As ddpm_decompress leaves one: the model that ships is meant, and nothing is put into the folder."
+    (here/"digits").mkdir()
+    (here/"digits"/"00000.png").write_bytes(b"mine")
+    status, _, err = call(ddpm_evaluate, "digits", *ONE)
+    assert (status, err) == (0, "") and evaluated(here/"digits_metrics.json")["test"]["n"] == 1 and os.listdir("digits") == ["00000.png"]
+
+
+@pytest.mark.parametrize("out", ["file/a.json", "file/new/a.json", f"{'a'*250}.json"])
+def test_evaluate_looks_first_whether_it_can_write(call, here, run, monkeypatch, out):
+    (here/"file").write_text("mine")
+    for name in ("evaluate_bits_per_dim", "quality_of"): monkeypatch.setattr(cli, name, None)
+    before = sorted(os.listdir(here))
+    status, _, err = call(ddpm_evaluate, run, "--quality", "--out", out)
+    assert status == 1 and err.startswith(f"ddpm_evaluate: {out}: cannot be written (") and err.count("\n") == 1 and ".tmp" not in err
+    assert sorted(os.listdir(here)) == before
+
+
+def test_evaluate_shows_its_table_before_it_writes(call, run, monkeypatch):
+    def full(source, target): raise OSError(28, "No space left on device", str(source))
+    monkeypatch.setattr("ddpm_nbdev.files.os.replace", full)
+    status, out, err = call(ddpm_evaluate, run, *ONE)
+    assert status == 1 and re.search(r"^test +\d+\.\d{3}", out, re.M) and "half of the bits" in out
+    assert err == f"ddpm_evaluate: {run/'metrics.json'}: cannot be written (No space left on device)\n"
+
+
+def test_evaluate_that_is_refused_leaves_no_folder(call, here, run):
+    failed(call(ddpm_evaluate, run, "--quality", "--features", "fashion_mnist", "--out", "new/a.json"), 1, "features are for images")
+    assert not (here/"new").exists()
+
+
 def test_evaluate_makes_the_folder_of_its_file(call, here):
     status, _, err = call(ddpm_evaluate, "digits", "--images", 1, "--steps", 1, "--curve-images", 1, "--out", "new/a.json")
     assert (status, err) == (0, "") and evaluated(here/"new"/"a.json")["train"]["n"] == 1

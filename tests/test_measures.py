@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from ddpm_nbdev import measures
 from ddpm_nbdev.cli import ddpm_evaluate, ddpm_train
 from ddpm_nbdev.data import load_dataset
-from ddpm_nbdev.ddpm import DDPM
-from ddpm_nbdev.decoder import to_model_range
+from ddpm_nbdev.ddpm import DDPM, _sample_batches, draw_samples
+from ddpm_nbdev.decoder import to_model_range, to_uint8
 from ddpm_nbdev.features import Features, load_features
 from ddpm_nbdev.likelihood import stride
 from ddpm_nbdev.measures import _check_room, _real_features, _with_quality, quality_of
@@ -87,7 +87,8 @@ def test_the_command_adds_the_row_to_the_metrics(call, run, downloads):
     after = json.loads((run/"metrics.json").read_text())
     q = after.pop("evaluation")["quality"]
     assert after == before
-    assert re.search(r"^quality: 40 samples, digits-FID by 32 features \(digits\); about \d", out, re.M) and "note: FID" not in out
+    assert re.search(r"^quality: 40 samples, digits-FID by 32 features \(digits\); about \d", out, re.M)
+    assert "\nnote: FID of 40 samples with 32 features is too high: take more\n" in out
     head, train, test = (line for line in out.splitlines() if line.startswith(("     ", "train", "test ")))
     assert head.endswith("digits-FID     IS") and max(map(len, out.splitlines()[:8])) <= 100
     assert train.endswith(f"{q['digits-FID']['train']:.2f}{q['digits-IS']['mean']:7.2f}") and test.endswith(f"{q['digits-FID']['test']:.2f}{q['digits-IS']['mean']:7.2f}")
@@ -189,6 +190,55 @@ def test_a_folder_that_cannot_be_written_to_costs_only_time(tmp_path):
     assert (tmp_path/"file").read_text() == "mine"
 
 
+def test_a_folder_that_cannot_be_written_to_is_named_once(tmp_path):
+    (tmp_path/"file").write_text("mine")
+    said = []
+    q = quality_of(short(), DIGITS, 4, cache=tmp_path/"file", say=said.append)
+    kept, = [line for line in said if "cannot be kept" in line]
+    assert kept.startswith("note: ") and str(tmp_path/"file") in kept and q["samples"] == 4
+    said.clear()
+    quality_of(short(), DIGITS, 4, cache=tmp_path/"new", say=said.append)
+    assert not any("cannot be kept" in line for line in said)
+
+
+@pytest.mark.parametrize("n, says", [(32, "is far too high"), (33, "is too high"), (159, "is too high"), (160, None)])
+def test_the_bias_is_said_up_to_five_samples_a_feature(monkeypatch, n, says):
+    monkeypatch.setattr(measures, "_estimate", lambda *args: 1.)
+    monkeypatch.setattr(measures, "_sampled", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    said = []
+    with pytest.raises(KeyboardInterrupt): quality_of(short(), DIGITS, n, say=said.append)
+    assert said[1:] == ([f"note: FID of {n} samples with 32 features {says}: take more"] if says else [])
+
+
+def test_one_slow_call_does_not_spoil_the_estimate(monkeypatch):
+    now, took = [0.], iter([9., 5., .2, .3, 7.])
+    monkeypatch.setattr(measures.time, "perf_counter", lambda: now[0])
+    def call(b): now[0] += next(took)
+    assert measures._seconds_each(call, 64) == pytest.approx(.2/8)
+
+
+def test_samples_come_from_where_draw_samples_has_them(monkeypatch):
+    model, see, asked = short(), load_features("digits"), []
+    batches = list(_sample_batches(model, range(2, 9), 5, 3))
+    assert [len(x) for x in batches] == [3, 3, 1] and (to_uint8(torch.cat(batches), 17).int() - draw_samples(model, 9, 5)[2:].int()).abs().max() <= 1
+    monkeypatch.setattr(measures, "_sample_batches", lambda *args: asked.append(args[1:4]) or iter([2*torch.cat(batches)]))      # beyond [-1, 1]: a chain without clamps
+    seen, _ = measures._sampled(model, see, 7, 5, 3, False)
+    assert asked == [(range(7), 5, 3)] and torch.equal(seen, see((2*torch.cat(batches)).clamp(-1, 1)))
+
+
+@pytest.mark.parametrize("n, steps", [(5, 12), (0, None)])
+def test_one_bar_for_all_batches_changes_nothing(monkeypatch, n, steps):
+    done = []
+    def bar(todo, leave):
+        done.append([len(todo), 0])
+        for i in todo:
+            done[-1][1] += 1
+            yield i
+    monkeypatch.setattr("ddpm_nbdev.ddpm.progress_bar", bar)
+    assert torch.equal(draw_samples(short(), n, 1, 2, True), draw_samples(short(), n, 1, 2))
+    assert done == ([[steps, steps]] if steps else [])
+
+
 def test_memory_is_asked_for_first(monkeypatch):
     monkeypatch.setattr(measures, "_free_memory", lambda: 10**6)
     monkeypatch.setattr(measures, "_sampled", None)
@@ -230,7 +280,8 @@ leave_processes()
 
 def test_two_processes_give_the_row_of_one(tmp_path):
     (tmp_path/"script.py").write_text(SCRIPT)
-    env = ENV | {"PYTHONPATH": os.path.dirname(__file__)}
+    here = os.path.dirname(os.path.abspath(__file__))
+    env = ENV | {"PYTHONPATH": os.pathsep.join([here, os.path.dirname(here)])}                 # the package beside these tests
     p = Python("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", tmp_path/"script.py", tmp_path/"kept", tmp_path/"q.json", env=env, stderr=subprocess.STDOUT)
     out, _ = p.communicate(timeout=200)
     assert p.returncode == 0, out

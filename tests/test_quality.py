@@ -1,5 +1,6 @@
 "Distances between sets of pictures: what is refused, torch-fidelity's own functions on the same features, and Inception as it is fed there."
 import io
+import re
 import sys
 import types
 import urllib.error
@@ -22,6 +23,33 @@ torch.set_num_threads(1)
 def normal(n, d, seed=0): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+def digits(n=2): return to_model_range(load_dataset("digits").test[:n], 17)
+
+
+@pytest.mark.parametrize("x, said", [
+    (None, "tensor of images .*got NoneType"),
+    (np.zeros((2, 1, 8, 8), dtype="f4"), "tensor of images .*got ndarray"),
+    ([[0.]], "tensor of images .*got list"),
+    (3*digits(), r"images in \[-1, 1\], these go from -3 to 3"),
+    (digits() - 1, r"images in \[-1, 1\], these go from -2 to 0"),
+    (8*(digits() + 1), "look like gray levels 0 to 16"),
+])
+def test_features_refuse(x, said):
+    see = load_features("digits")
+    for call in (see, see.both, see.probs):
+        with pytest.raises(ValueError, match=said) as e: call(x)
+        assert "\n" not in str(e.value)
+
+
+def test_features_clamp_what_is_a_little_outside():
+    assert torch.equal(load_features("digits")(1.4*digits(9)), load_features("digits")((1.4*digits(9)).clamp(-1, 1)))
+
+
+@pytest.mark.parametrize("name", [["digits"], {}, None, 3])
+def test_a_name_that_is_none(name):
+    with pytest.raises(ValueError, match="unknown features .*; known: digits, fashion_mnist, inception"): load_features(name)
+
+
 def spoilt(value):
     x = normal(6, 3)
     x[1, 2] = value
@@ -37,17 +65,45 @@ def spoilt(value):
     (normal(6, 3), spoilt(torch.inf).numpy(), "not finite"),
     (normal(6, 3)[0], normal(6, 3), r"got shape \(3,\)"),
     (normal(6, 3), normal(6, 12).view(6, 3, 2, 2), r"got shape \(6, 3, 2, 2\)"),
+    (None, normal(6, 3), "must be .*numbers.*got NoneType"),
+    (normal(6, 3), "text", "must be .*numbers.*got str"),
+    (object(), normal(6, 3), "must be .*numbers.*got object"),
+    (np.array([[None, 1]]*6), normal(6, 3), "must be .*numbers.*got ndarray"),
+    (normal(6, 3), [[1., 2.], [3.]], "must be .*numbers.*one length.*got list"),
+    (normal(6, 3), [[10**400, 1, 2]]*6, "must be .*numbers.*got list"),
+    (normal(6, 3)*1j, normal(6, 3), "real numbers.*complex128"),
+    (normal(6, 3).to_sparse(), normal(6, 3), "dense"),
+    (normal(6, 0), normal(6, 0), "at least one column"),
+    (normal(6, 3), normal(6, 3)*1e200, "too large.*at most 1e\\+45"),
 ])
 def test_distances_refuse(f, a, b, said):
     with pytest.raises(ValueError, match=said) as e: f(a, b)
-    assert "\n" not in str(e.value)
+    assert "\n" not in str(e.value) and ("width" in said or re.match("(a|b|real|fake) |k=3 needs at least 4 rows, got . in (real|fake)", str(e.value)))
+
+
+def test_what_is_large_but_not_too_large_has_numbers():
+    a, b = normal(30, 3)*1e44, normal(40, 3, 1)*1e44
+    assert all(np.isfinite(v) for v in (fid(a, b), kid(a, b), *precision_recall(a, b), nearest(a, b, 40)[0].max().item()))
 
 
 @pytest.mark.parametrize("call,said", [
     (lambda: precision_recall(normal(3, 2), normal(9, 2)), "at least 4 rows, got 3"),
     (lambda: precision_recall(normal(9, 2), normal(9, 2), k=9), "at least 10 rows, got 9"),
     (lambda: precision_recall(normal(9, 2), normal(9, 2), k=0), "k must be at least 1"),
-    (lambda: nearest(normal(9, 2), normal(3, 2), k=4), "at least 4 rows, got 3"),
+    (lambda: nearest(normal(9, 2), normal(3, 2), k=4), "k=4 needs at least 4 rows, got 3 in pool"),
+    (lambda: nearest(normal(9, 2), normal(3, 2), k=10**30), f"k={10**30} needs at least .* rows, got 3 in pool"),
+    (lambda: precision_recall(normal(9, 2), normal(5, 2), k=5), "k=5 needs at least 6 rows, got 5 in fake"),
+    (lambda: precision_recall(normal(9, 2), normal(9, 2), k=10**30), f"k={10**30} needs at least .* rows, got 9 in real"),
+    *[(lambda f=f, v=v: f(normal(9, 2), normal(9, 2), k=v), f"k must be a whole number, at least 1, got {v!r}")
+      for f in (nearest, precision_recall) for v in (2.5, None, True, "3", np.nan)],
+    *[(lambda v=v: inception_score(torch.full((4, 2), .5), v), f"splits must be a whole number, at least 1, got {v}") for v in (2.5, None, True)],
+    *[(lambda x=x: inception_score(x), "^probs must be .*numbers") for x in (None, "text", object(), [[1.], [.5, .5]], torch.ones(4, 1)*1j)],
+    (lambda: inception_score(torch.ones(4, 0)), "probs must have at least one column"),
+    (lambda: inception_score(torch.tensor([[.5, .50012]])), "sums 1.00012 to 1.00012"),
+    *[(lambda x=x: nearest(x, normal(9, 2)), "^queries must be .*numbers") for x in (None, "text", object(), [[1.], [.5, .5]], normal(9, 2)*1j)],
+    (lambda: nearest(normal(9, 2), None), "^pool must be .*numbers"),
+    (lambda: nearest(normal(9, 2, 0)[:, :0], normal(9, 2)[:, :0]), "queries must have at least one column"),
+    (lambda: nearest(normal(9, 2), normal(9, 2)*1e200), "pool has values that are too large"),
     (lambda: nearest(normal(9, 2), normal(9, 3)), "of one shape"),
     (lambda: nearest(normal(9, 2)[0], normal(9, 2)), "of one shape"),
     (lambda: nearest(normal(9, 2), normal(9, 2), k=0), "k must be at least 1"),
