@@ -171,8 +171,8 @@ def _measure(plan, ddpm, samples, out, say, progress):
             f"again: {again}")
     return drawn, metrics
 
-_OFFERED = """T steps batch_size lr seed size flip precision compile cuda_graph shards clip
-log_every checkpoint_every keep_last keep_every sample_every"""      # become options
+_OFFERED = """T steps batch_size lr seed size flip precision compile cuda_graph shards
+clip log_every checkpoint_every keep_last keep_every sample_every"""    # become options
 
 @command(settings=TrainConfig, offered=_OFFERED, default="default: the preset's")
 def ddpm_train(
