@@ -5,7 +5,7 @@ that a run that is cut short leaves what it had.
 
     python benchmarks/gpu.py --data DIR --minutes 10 --out OUT
     python benchmarks/gpu.py --data DIR --minutes 3 --out OUT2 --stages judge --run RUN
-    python benchmarks/gpu.py --tiny --device cpu --out OUT      # does it all run? minutes on a CPU
+    python benchmarks/gpu.py --tiny --device cpu --out OUT      # does it all run? a minute on a CPU
 
 DIR holds CIFAR-10 (its archive, or cifar-10-batches-bin); nothing is downloaded. Stages:
 
@@ -24,6 +24,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -44,13 +45,13 @@ from ddpm_nbdev.files import read_log, write_whole
 from ddpm_nbdev.interpolate import interpolate
 from ddpm_nbdev.likelihood import evaluate_bits_per_dim, measure_mse
 from ddpm_nbdev.noise import subseed
-from ddpm_nbdev.run import Interrupted, train
+from ddpm_nbdev.run import train
 from ddpm_nbdev.schedule import linear_schedule
 from ddpm_nbdev.train import load_checkpoint, preset
 
 ROOT = Path(__file__).parents[1]
 STAGES = 'right', 'fast', 'real', 'judge'
-BORROWED = dict(right=90, fast=105)                        # seconds at most; the rest is `real`'s
+BORROWED = dict(right=150, fast=120)    # after so many seconds nothing new begins; the rest is `real`'s
 
 def say(what): print(f"# {time.strftime('%T')} {what}", file=sys.stderr, flush=True)
 
@@ -58,10 +59,20 @@ def write(path, what):
     "A JSON file, whole or not at all."
     write_whole(Path(path), (json.dumps(what, indent=1) + '\n').encode())
 
+def start(command, **kw):
+    "A process with a group of its own."
+    return subprocess.Popen(command, text=True, start_new_session=True, **kw)
+
+def stop(process):
+    "End a process and whatever it started."
+    with contextlib.suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
 class Clock:
     "Seconds since the command began, over all its processes."
     def __init__(self, began, minutes): self.began, self.whole = began, 60*minutes
     def left(self): return self.whole - (time.time()-self.began)
+    def at(self, seconds): return time.time() + min(seconds, self.left()-20)
 
 @contextlib.contextmanager
 def reported(results, name):
@@ -107,41 +118,42 @@ def warm(a):
 
 def right(a, clock):
     "The tests marked gpu, while the compiler works beside them."
-    start, result = time.perf_counter(), {'machine': machine(torch.device(a.device))}
-    names = list(WARM)[:0 if a.tiny else None]
-    warmers = {n: subprocess.Popen([sys.executable, __file__, *a.again, '--warm', n],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-               for n in names}
+    result, until = {'machine': machine(torch.device(a.device))}, clock.at(BORROWED['right'])
+    warmers = {}
+    for n in list(WARM)[:0 if a.tiny else None]:
+        said = open(a.out/f"warm {n}.log", 'w+')
+        warmers[n] = start([sys.executable, __file__, *a.again, '--warm', n], stdout=said, stderr=said), said
     notes = a.out/'notes.jsonl'
     notes.unlink(missing_ok=True)
     env = os.environ | {'DDPM_GPU_NOTES': str(notes), 'DDPM_TEST_DEVICE': a.device,
                         'OMP_NUM_THREADS': '1' if a.tiny else '4'}
     tests = [sys.executable, '-m', 'pytest', '-q', '-rA', '--noconftest', '-p', 'no:cacheprovider',
              'tests/test_gpu.py', *(['-k', 'noise or needs'] if a.tiny else [])]
-    p = subprocess.Popen(tests, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE,
-                         stderr=subprocess.STDOUT)
-    try: out, _ = p.communicate(timeout=max(5, min(BORROWED['right'], clock.left()-20)))
-    except subprocess.TimeoutExpired:
-        p.kill()
-        out = p.communicate()[0] + '\nSTOPPED: no time left'
+    began = time.perf_counter()
+    with tempfile.TemporaryFile('w+') as said:
+        p = start(tests, cwd=ROOT, env=env, stdout=said, stderr=subprocess.STDOUT)
+        try: p.wait(timeout=max(5, until-time.time()))
+        except subprocess.TimeoutExpired: stop(p)
+        said.seek(0)
+        out = said.read()
     result |= {'tests': [line for line in out.splitlines()
-                         if line.startswith(('PASSED', 'FAILED', 'ERROR', 'SKIPPED', 'STOPPED'))],
+                         if line.startswith(('PASSED', 'FAILED', 'ERROR', 'SKIPPED'))],
                'end': out[-6000:], 'status': p.returncode,
                'notes': [json.loads(x) for x in notes.read_text().splitlines()] if notes.exists() else [],
-               'seconds_tests': round(time.perf_counter()-start, 1)}
+               'seconds_tests': round(time.perf_counter()-began, 1), 'compiled_beside': {}}
     notes.unlink(missing_ok=True)
     write(a.out/'right.json', result)
-    result['compiled_beside'] = {}
-    for n, w in warmers.items():
-        left = start + BORROWED['right'] - time.perf_counter()
-        try: err = w.communicate(timeout=max(1, left))[1]
-        except subprocess.TimeoutExpired:
-            w.kill()
-            err = 'stopped: too slow'
-        result['compiled_beside'][n] = ('done' if w.returncode == 0 else (err or '')[-800:],
-                                        round(time.perf_counter()-start, 1))
-    write(a.out/'right.json', result)
+    for n, (w, said) in warmers.items():
+        try: w.wait(timeout=max(.1, until-time.time()))
+        except subprocess.TimeoutExpired: stop(w)
+        said.seek(0)
+        end = 'done' if w.returncode == 0 else f"status {w.returncode}: {said.read()[-800:]}"
+        result['compiled_beside'][n] = end, round(time.perf_counter()-began, 1)
+        said.close()
+        Path(said.name).unlink()
+        write(a.out/'right.json', result)
     say(f"tests: {out.strip().splitlines()[-1] if out.strip() else 'nothing'}")
+    return p.returncode
 
 # ---- fast
 
@@ -233,7 +245,7 @@ def kernels(run, s):
 
 def fast(a, clock):
     "Rows until the time is over, the most wanted ones first; what is fastest is written down."
-    s, stop = settings(a), time.time() + min(BORROWED['fast'], clock.left()-20)
+    s, until = settings(a), clock.at(BORROWED['fast'])
     big = s.but(batch=2*s.batch)
     versions, torch.backends.cudnn.benchmark = rival_versions(s.missing), True
     result = {'machine': machine(s.device) | versions, 'rows': [], 'missing': s.missing}
@@ -244,7 +256,7 @@ def fast(a, clock):
         whole = f"{name}, recorded"                         # the same and more, if it ran
         if row and row[3] == COMPILED and whole in result.get('seconds', {}) \
            and whole not in result.get('failed', {}): continue
-        if time.time() > stop:
+        if time.time() > until:
             result.setdefault('no_time_for', []).append(name)
             continue
         with reported(result, name):
@@ -265,7 +277,7 @@ def best(fast_result, group):
 # ---- real
 
 def planes(weights):
-    "bfloat16 tensors as two strings of bytes: sign and exponent, which compress, and the rest."
+    "bfloat16 tensors as two strings of bytes: sign and most of the exponent, which compress; the rest."
     flat = torch.cat([weights[k].flatten() for k in sorted(weights)]).contiguous()
     pairs = flat.view(torch.uint8).reshape(-1, 2)                       # little endian
     return pairs[:, 1].contiguous().numpy().tobytes(), pairs[:, 0].contiguous().numpy().tobytes()
@@ -273,7 +285,7 @@ def planes(weights):
 def squeeze(part): return lzma.compress(part, preset=1)
 
 def pack(model, parts=4):
-    "The weights as bfloat16, without loss, in as many files: bytes each."
+    "The weights rounded to bfloat16, then packed without loss, in as many files: bytes each."
     weights = {k: v.detach().to('cpu', torch.bfloat16) for k, v in model.state_dict().items()}
     high, low = planes(weights)
     n = -(-len(high)//16)
@@ -314,12 +326,14 @@ def real_settings(a, options):
 
 def train_for(seconds, cfg, run, a, data):
     "Train until the time is over, then stop as Ctrl-C does: saved, and able to go on."
+    def too_early(signum, frame): raise KeyboardInterrupt      # before `train` listens, or after
+    signal.signal(signal.SIGTERM, too_early)
     alarm = threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM))
     alarm.daemon = True
     alarm.start()
     try: return train(cfg, run, a.device, data=data, progress=False, overwrite=True)
-    except Interrupted as e:
-        say(e)
+    except KeyboardInterrupt as e:
+        say(e or "stopped")
         return load_checkpoint(run, device=a.device)
     finally: alarm.cancel()
 
@@ -334,14 +348,19 @@ def real(a, clock):
     tf32(True)
     torch.backends.cudnn.benchmark = True                # of all rows and of the run
     run, began = Path(a.run or a.out/'run'), time.time()
+    ddpm, failures = None, []
     for options in ([options] if a.tiny else [options, COMPILED, B]):   # plainer if it fails
-        cfg, failed = real_settings(a, options), result.pop('failed', None)
+        cfg = real_settings(a, options)
+        if failed := result.pop('failed', None): failures.append(failed)
         if a.steps: cfg = replace(cfg, steps=a.steps)
-        result |= {'config': dict(cfg.__dict__), 'training_options': options, 'failed_before': failed}
+        result |= {'config': dict(cfg.__dict__), 'training_options': options, 'failed_before': failures}
         time_left = max(5, clock.left() - AFTERWARDS)
         say(f"training for {time_left:.0f} s, {options}")
         with reported(result, 'training'): ddpm = train_for(time_left, cfg, run, a, data)
-        if 'training' not in result.get('failed', {}): break
+        if ddpm: break
+    if not ddpm:
+        write(a.out/'real.json', result)
+        return 1
     result |= {'seconds_training': time.time()-began, 'log': read_log(run)}
     if torch.cuda.is_available(): result['bytes'] = torch.cuda.max_memory_allocated()
     write(a.out/'real.json', result)
@@ -364,10 +383,12 @@ def real(a, clock):
         save_file(pictures, a.out/'pictures.safetensors')
         write(a.out/'real.json', result)
     with reported(result, 'nearest'):
-        flat = data.train.flatten(1).to(a.device).float()
-        near = [(flat-v.to(a.device).flatten().float()).square().sum(1).argmin().item()
-                for v in pictures['samples'][:16]]
-        pictures |= {'nearest': data.train[near], 'nearest_places': torch.tensor(near)}
+        both = torch.cat([data.train, data.train.flip(-1)])              # training flips
+        flat = both.flatten(1).to(a.device).float()
+        near = torch.stack([(flat-v.to(a.device).flatten().float()).square().mean(1).min(0)[1]
+                            for v in pictures['samples']]).cpu()
+        apart = (both[near].float()-pictures['samples'].float()).square().flatten(1).mean(1).sqrt()
+        pictures |= {'nearest': both[near], 'nearest_rmse': apart}
         save_file(pictures, a.out/'pictures.safetensors')
     write(a.out/'real.json', result)
 
@@ -456,7 +477,7 @@ def judge(a, clock):
             if not result.get('raw') and int(path.stem) >= 2:
                 raw = load_checkpoint(path, ema=False, device=device)
                 if a.tiny: raw = replace(raw, sched=short(raw))
-                pictures['raw_at_first'] = draw_samples(for_sampling(raw, 'bfloat16', recorded=device.type == 'cuda'),
+                pictures[f"raw_{int(path.stem)}"] = draw_samples(for_sampling(raw, 'bfloat16', recorded=device.type == 'cuda'),
                                                         4 if a.tiny else 64, seed=0)
                 result['raw'] = int(path.stem)
             store()
@@ -492,19 +513,19 @@ def main(argv=None):
     clock = Clock(a.began, a.minutes)
     a.out.mkdir(parents=True, exist_ok=True)
     if a.warm: return warm(a)
-    if a.alone: return DO[a.alone](a, clock)
+    if a.alone: return DO[a.alone](a, clock) or 0
     status = {}
     for stage in a.stages:
         limit = clock.left() - 3
         say(f"{stage}: {clock.left():.0f} s left")
         if limit < 5: break
-        p = subprocess.Popen([sys.executable, __file__, *a.again, '--alone', stage])
+        p = start([sys.executable, __file__, *a.again, '--alone', stage])
         try: status[stage] = p.wait(timeout=limit)
-        except subprocess.TimeoutExpired:
-            p.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired): p.wait(timeout=3)
-            p.kill()
+        except (subprocess.TimeoutExpired, KeyboardInterrupt) as e:
             status[stage] = 'stopped'
+            if isinstance(e, KeyboardInterrupt): break
+        finally: stop(p)                                 # and what it left behind
+    status |= {stage: 'not begun' for stage in a.stages if stage not in status}
     say(f"done: {status}")
     return int(any(status.values()))
 

@@ -34,8 +34,13 @@ class Recorded:
     def __call__(self,
         *inputs,  # tensors of the shapes recorded
     ):            # what f returns, in memory of the recording
-        "Replay with new inputs. Nobody waits for the GPU."
-        for mine, new in zip(self.inputs, inputs): mine.copy_(new, non_blocking=True)
+        """Replay with new inputs. Nobody waits for the GPU. ValueError for inputs of
+        another shape or type."""
+        for mine, new in zip(self.inputs, inputs, strict=True):
+            if new.shape != mine.shape or new.dtype != mine.dtype:
+                raise ValueError(f"recorded for {tuple(mine.shape)} of {mine.dtype}, "
+                                 f"got {tuple(new.shape)} of {new.dtype}")
+            mine.copy_(new, non_blocking=True)
         self.graph.replay()
         return self.outputs
 
@@ -48,6 +53,11 @@ class Replayed(nn.Module):
     ):
         super().__init__()
         self.model, self.recorded = model, {}
+        self.train(model.training)
+
+    def _apply(self, fn, recurse=True):     # what moves weights ends here
+        self.recorded.clear()
+        return super()._apply(fn, recurse)
 
     def forward(self, xt:Tensor, t:Tensor)->Tensor:
         "As `model(xt, t)`."

@@ -107,7 +107,7 @@ class TrainConfig:
     shards:int=1             # parts a batch is computed in (default: one per process)
     precision:str='float32'  # inside the network: float32 or bfloat16
     compile:bool=False       # let torch.compile make faster code (for GPUs)
-    cuda_graph:bool=False    # record an update once, then replay it (a GPU only)
+    cuda_graph:bool=False    # record a gradient once, then replay it (one GPU, 1 shard)
     ema_decay:float=.9999    # of the average of the weights
     ema_warmup:bool=False    # begin with a shorter average (for short runs)
     seed:int=0               # of everything random
@@ -156,8 +156,7 @@ def _check_settings(cfg):
         raise ConfigError("keep_every must be a multiple of checkpoint_every="
                           f"{cfg.checkpoint_every}, got {cfg.keep_every}")
     if cfg.cuda_graph and (cfg.shards > 1 or cfg.clip == 'shard'):
-        raise ConfigError("cuda_graph=True records a batch in one piece: it needs "
-                          "shards=1 and clip='batch'")
+        raise ConfigError("cuda_graph=True needs shards=1 and clip='batch'")
     if cfg.variance == 'learned' and cfg.objective == 'simple':
         raise ConfigError("variance='learned' needs objective='vlb': "
                           "the variance does not occur in eq. 14")
@@ -291,8 +290,7 @@ def _shard_inputs(
     batches:Batches,  # gives the images
     shard:int,        # which part of the batch, 0..shards-1
 )->tuple[Tensor,Tensor,Tensor]: # x0 and t and eps
-    """Lines 2 to 4 of Algorithm 1, for one part of the batch of the current update;
-    dropout's masks, drawn next, belong to it, too."""
+    "Lines 2 to 4 of Algorithm 1 for one part of the current batch; seeds dropout."
     cfg = state.cfg
     x0, place = batches(state.step, shard, cfg.shards)
     torch.manual_seed(subseed(cfg.seed, 4, state.step, shard))
@@ -344,11 +342,14 @@ def _clip_recorded(state, batches):
         state.opt.zero_grad()               # so that the recording holds the gradients
         loss = state.training.loss(x0, t=t, noise=eps).mean()
         loss.backward()
-        norm = clip_grad_norm_(state.model.parameters(), state.cfg.grad_clip)
-        return loss.detach(), norm
-    inputs = lambda: _shard_inputs(state, batches, 0)
-    if state.recorded is None: state.recorded = Recorded(gradient, inputs())
-    return tuple(v.clone() for v in state.recorded(*inputs()))
+        norm = clip_grad_norm_(params, state.cfg.grad_clip)
+        return loss.detach(), norm, *(p.grad for p in params)
+    params, inputs = list(state.model.parameters()), _shard_inputs(state, batches, 0)
+    if state.recorded is None: state.recorded = Recorded(gradient, inputs)
+    torch.manual_seed(subseed(state.cfg.seed, 4, state.step, 0))  # recording drew, too
+    loss, norm, *grads = state.recorded(*inputs)
+    for p, g in zip(params, grads): p.grad = g           # someone may have dropped them
+    return loss.clone(), norm.clone()
 
 _CLIPS = {'batch': _clip_batch, 'shard': _clip_shard, 'recorded': _clip_recorded}
 
@@ -380,8 +381,7 @@ class TrainState:
         self.cfg, self.device = cfg, torch.device(device)
         self.step, self.seconds, self.recorded = 0, 0., None
         if cfg.cuda_graph and (self.device.type != 'cuda' or size() > 1):
-            raise ConfigError("cuda_graph=True is for one process with a GPU, got "
-                              f"{size()} on {self.device}")
+            raise ConfigError("cuda_graph=True is for one process with a GPU")
         fingerprint = zlib.crc32(data.train.contiguous().numpy())
         self.data = [len(data.train), fingerprint]              # to notice other images
         torch.manual_seed(subseed(cfg.seed, 0))                 # initialization

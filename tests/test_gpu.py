@@ -140,13 +140,25 @@ def test_nobody_waits_for_the_gpu(kw):
 
 
 @only_gpu
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_recorded_update_is_an_update(precision):
-    cfg = preset("digits", batch_size=32, dropout=.1, precision=precision)
+@pytest.mark.parametrize("precision, compiled", [("float32", False), ("bfloat16", False), ("bfloat16", True)])
+def test_a_recorded_update_is_an_update(precision, compiled):
+    cfg = preset("digits", batch_size=32, dropout=.1, precision=precision, compile=compiled)
     (a, v), (b, w) = losses(cfg), losses(replace(cfg, cuda_graph=True))
     difference = max(map(off, w, v))
-    note(test="recorded", precision=precision, losses_off=off(b, a), weights_off=difference)
-    assert off(b, a) < (1e-5 if precision == "float32" else 1e-2)
+    note(test="recorded", precision=precision, compiled=compiled, losses_off=off(b, a), weights_off=difference)
+    assert off(b, a) < (1e-5 if precision == "float32" else 1e-2) and difference < .1
+
+
+@only_gpu
+def test_gradients_of_a_recording_survive_their_loss():
+    data, cfg = load_dataset("digits"), preset("digits", batch_size=32, cuda_graph=True)
+    state, batches = TrainState(cfg, data, DEVICE), Batches(data.train.to(DEVICE), 32, 0, True, data.levels)
+    training_step(state, batches)
+    state.opt.zero_grad()
+    before = [p.detach().clone() for p in state.model.parameters()]
+    for _ in range(3): training_step(state, batches)
+    assert any(not torch.equal(p, b) for p, b in zip(state.model.parameters(), before))
+    with pytest.raises(ValueError, match="recorded for"): state.recorded(*(v[:1] for v in state.recorded.inputs))
 
 
 @only_gpu
