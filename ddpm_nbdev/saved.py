@@ -9,6 +9,7 @@ __all__ = ['ARCHITECTURES', 'save_model', 'checkpoint_header', 'read_checkpoint'
 import importlib
 import json
 import math
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,10 +17,14 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from .files import (WeightsError, load_weights, read_header, read_json, read_weights,
-                              write_json, write_whole)
-from .reverse import _check_mse
-from .schedule import SCHEDULES, NoiseSchedule, choose, describe_schedule
+from .files import (_FLAG, _OBJECT, _TEXT, WeightsError, _check_fields, _check_fit,
+                              _if_there, _list, _number, _one_of, _or_null, _parse_json,
+                              _whole, read_header, read_json, read_weights, write_json,
+                              write_whole)
+from .objective import OBJECTIVES
+from .reverse import MEANS, VARIANCES, _check_mse
+from .schedule import (_MOST_STEPS, SCHEDULES, NoiseSchedule, choose,
+                                 describe_schedule)
 
 # %% ../nbs/09b_saved.ipynb #e81290e0
 ARCHITECTURES = {   # networks that can be saved, and where they live
@@ -69,18 +74,6 @@ def _describe_model(
             'schedule': describe_schedule(settings['sched']),
             'shape': list(settings['shape']), **plain}
 
-def _from_description(
-    cfg:dict,  # as made by `_describe_model`
-)->tuple:      # the network with fresh weights, its settings
-    "Build a model from its description."
-    if cfg['format'] != 1:
-        raise ValueError(f"it has format {cfg['format']}, this version reads format 1")
-    schedule = choose(SCHEDULES, 'schedule', cfg['schedule']['name'])
-    plain = {k: cfg[k] for k in ('shape', 'mean', 'variance', 'objective', 'levels')}
-    sched = schedule(**cfg['schedule']['args'])
-    if 'mse' in cfg: plain['mse'] = _mse_from_config(cfg['mse'], sched)
-    return _model_from_config(cfg['model']), {'sched': sched, **plain}
-
 def save_model(
     path:str|Path,      # a folder; it is made if missing
     model,              # a network that has `.config`
@@ -95,9 +88,56 @@ def save_model(
     write_whole(path/'model.safetensors', safetensors_bytes(weights, header))
     write_json(path/'config.json', cfg)
 
+# %% ../nbs/09b_saved.ipynb #605906c7
+_SIZE = _whole(1, 2**16)                           # of images, of layers
+_T = _whole(1, _MOST_STEPS)
+_BETA = _number(0, 1)
+_ENDS = {'T': _T, **_if_there({'beta_1': _BETA, 'beta_T': _BETA})}
+_SCHEDULE_ARGS = {'linear': _ENDS, 'quadratic': _ENDS,
+                  'constant': {'T': _T, **_if_there({'beta': _BETA})},
+                  'betas': {'betas': _list(_BETA, 1, _MOST_STEPS)}}
+_UNET_ARGS = _if_there(dict(
+    in_channels=_SIZE, out_channels=_or_null(_SIZE), ch=_SIZE,
+    ch_mult=_list(_whole(1, 256), 1, 12), num_res_blocks=_whole(1, 32),
+    attn_resolutions=_list(_SIZE, 0, 12), dropout=_number(0, 1), resolution=_SIZE,
+    groups=_SIZE, learned_variance=_FLAG))
+_MODEL_ARGS = {'UNet': _UNET_ARGS, 'OfficialUNet': _UNET_ARGS, 'MLP': _if_there(dict(
+    dim=_SIZE, hidden=_SIZE, out=_or_null(_SIZE), T=_whole(1, 2**31)))}
+_CONFIG = dict(
+    format=_whole(1, 1), model=dict(name=_TEXT, args=_OBJECT),
+    schedule=dict(name=_TEXT, args=_OBJECT), shape=_list(_SIZE, 1, 3),
+    mean=_one_of(*MEANS), variance=_one_of(*VARIANCES), objective=_one_of(*OBJECTIVES),
+    levels=_whole(2, 2**16))
+_MOST_PIXELS = 2**26                               # of an image, times its channels
+
+def _check_description(
+    cfg,     # anything that JSON can hold
+    source,  # where it is from, for the message
+):
+    "WeightsError unless this describes a model; nothing is built yet."
+    _check_fields(source, cfg, _CONFIG)
+    for what, table in (('model', _MODEL_ARGS), ('schedule', _SCHEDULE_ARGS)):
+        if kinds := table.get(cfg[what]['name']):
+            _check_fields(source, cfg[what]['args'], kinds, inside=f'{what}.args')
+    if math.prod(cfg['shape']) > _MOST_PIXELS:
+        raise WeightsError(f"{source}: not a usable configuration (shape is "
+                           f"{cfg['shape']}, but must have at most {_MOST_PIXELS} "
+                           "elements)")
+
+def _settings_from(
+    cfg:dict,  # that passed `_check_description`
+)->dict:       # sched, shape, mean, variance, objective, levels, perhaps mse
+    "The settings of a described model. ValueError if they do not fit together."
+    schedule = choose(SCHEDULES, 'schedule', cfg['schedule']['name'])
+    plain = {k: cfg[k] for k in ('shape', 'mean', 'variance', 'objective', 'levels')}
+    sched = schedule(**cfg['schedule']['args'])
+    if 'mse' in cfg: plain['mse'] = _mse_from_config(cfg['mse'], sched)
+    return {'sched': sched, **plain}
+
 # %% ../nbs/09b_saved.ipynb #01be984e
 _CHECKPOINT = 'ddpm_nbdev training 2'  # the kind of file, and its version
-_IN_HEADER = {'format', 'step', 'seconds', 'data', 'config', 'ddpm'}
+_HEADER = dict(config=dict(dataset=_TEXT), data=_list(_whole(), 2, 2), ddpm=_OBJECT,
+               seconds=_number(0), step=_whole())
 
 def checkpoint_header(
     path:str|Path, # written by a training run
@@ -111,11 +151,10 @@ def checkpoint_header(
                            "model.safetensors can still be used")
     if kind != json.dumps(_CHECKPOINT):
         raise WeightsError(f"{path}: not a checkpoint of a training run")
-    try: header = {k: json.loads(v) for k, v in header.items()}
-    except (ValueError, RecursionError) as e:
+    try: header = {k: _parse_json(v) for k, v in header.items()}
+    except ValueError as e:
         raise WeightsError(f"{path}: a damaged header ({e})") from e
-    if missing := _IN_HEADER - header.keys():
-        raise WeightsError(f"{path}: a damaged header, it lacks {min(missing)}")
+    _check_fields(path, header, _HEADER)
     return header
 
 def read_checkpoint(
@@ -154,6 +193,22 @@ def _bad_config(
     reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
     return WeightsError(f"{source}: not a usable configuration ({reason})")
 
+def _build_filled(
+    build:Callable,           # () -> the network, as its description says
+    source,                   # the description's name
+    weights:dict[str,Tensor], # name -> tensor
+    file,                     # where they are from
+):                            # the network with the weights, in eval mode
+    """Build a network on the device `meta`, where it takes no memory, compare it with
+    the weights, then build it again and fill it. WeightsError if they do not fit."""
+    try:
+        with torch.device('meta'): shell = build()
+    except _MISFITS as e: raise _bad_config(source, e) from e
+    _check_fit(shell, weights, file)
+    model = build()
+    model.load_state_dict(weights)
+    return model.eval()
+
 def load_model(
     path:str|Path,     # a folder of a model or a run, or one checkpoint
     part:str='ema.',   # of a checkpoint: the average; 'model.': the weights that train
@@ -170,10 +225,12 @@ def load_model(
             raise WeightsError(f"{path}: no config.json there, "
                                "so this is not a saved model")
         description, tensors = read_json(source), None
-    try: model, settings = _from_description(description)
+    _check_description(description, source)
+    try: settings = _settings_from(description)
     except _MISFITS as e: raise _bad_config(source, e) from e
-    load_weights(model, read_weights(file) if tensors is None else tensors, file)
-    return model.eval(), settings
+    if tensors is None: tensors = read_weights(file)
+    build = lambda: _model_from_config(description['model'])
+    return _build_filled(build, source, tensors, file), settings
 
 def _shipped(
     name:str, # of a model that ships with the package, such as 'digits'

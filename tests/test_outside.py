@@ -1,0 +1,110 @@
+"Files from outside: what may stand in them is checked before anything is built or allocated, and damage is one line."
+import json
+import math
+import resource
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ddpm_nbdev.ddpm import DDPM
+from ddpm_nbdev.files import WeightsError, read_log, read_metrics, write_json
+from ddpm_nbdev.pretrained import load_diffusers, save_diffusers
+from ddpm_nbdev.saved import checkpoint_header
+from ddpm_nbdev.schedule import linear_schedule
+from ddpm_nbdev.unet import UNet
+
+NET = dict(in_channels=1, ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], resolution=8, groups=4)
+ROW = dict(step=4, loss=.5, grad_norm=1., lr=1e-3, seconds=2.)
+
+
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+
+
+def model(): return DDPM(UNet(**NET), linear_schedule(10), (1, 8, 8))
+
+
+@pytest.fixture
+def saved(tmp_path):
+    "A folder with a small model."
+    model().save(tmp_path)
+    return tmp_path
+
+
+def change(path, *keys, value):
+    "Another value at a place in a JSON file."
+    obj = whole = json.loads(path.read_text())
+    for k in keys[:-1]: obj = obj[k]
+    obj[keys[-1]] = value
+    path.write_text(json.dumps(whole))
+
+
+def refused(read, *words):
+    "One line, a WeightsError, in no time and no memory."
+    start, before = time.monotonic(), peak()
+    with pytest.raises(WeightsError) as e: read()
+    assert time.monotonic()-start < 3 and peak()-before < 5e8
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500 and all(w in str(e.value) for w in words), str(e.value)
+
+
+# ---- descriptions
+
+ARGS = "model", "args"
+WRONG = [((*ARGS, "ch"), 10**6, "model.args.ch is 1000000, but must be a whole number from 1 to 65536"), ((*ARGS, "ch"), True, "model.args.ch is True"),
+    ((*ARGS, "ch_mult"), [1]*10**4, "a list of 1 to 12"), ((*ARGS, "ch_mult"), [1, 10**5], "each a whole number from 1 to 256"),
+    ((*ARGS, "num_res_blocks"), 10**9, "from 1 to 32"), ((*ARGS, "dropout"), 1e308, "model.args.dropout is 1e+308, but must be a number from 0 to 1"),
+    ((*ARGS, "resolution"), 2**60, "model.args.resolution"), ((*ARGS, "learned_variance"), 1, "true or false"), ((*ARGS, "out_channels"), "3", "or null"),
+    ((*ARGS, "attn_resolutions"), [[]], "attn_resolutions is [[]]"), (("model", "args"), [], "model.args is [], but must be an object"),
+    (("schedule", "args", "T"), 10**9, "schedule.args.T is 1000000000, but must be a whole number from 1 to 1000000"),
+    (("schedule", "args", "beta_T"), "x", "schedule.args.beta_T is 'x'"), (("schedule",), None, "schedule is None, but must be an object"),
+    (("shape",), [1, 2**15, 2**15], "at most 67108864 elements"), (("shape",), [1, 8.5, 8], "shape"), (("shape",), [], "a list of 1 to 3"),
+    (("mean",), ["eps"], "mean is ['eps'], but must be one of eps, x0, mu"), (("levels",), 2**40, "levels"), (("format",), 9, "format is 9"),
+    (("variance",), "x"*10**6, "must be one of beta"), (("model", "name"), {}, "model.name is {}, but must be text"),
+    ((*ARGS, "ch"), 65536, "another architecture")]               # allowed by itself: compared with the weights, never allocated
+
+
+@pytest.mark.parametrize("keys, value, says", WRONG, ids=[f"{k[-1]}={str(v)[:20]}" for k, v, _ in WRONG])
+def test_a_description_is_refused_by_key_and_value(keys, value, says, saved):
+    change(saved/"config.json", *keys, value=value)
+    refused(lambda: DDPM.load(saved), str(saved), says)
+
+
+@pytest.mark.parametrize("file, keys, value, says", [("config.json", ["block_out_channels"], [10**6, 10**6], "block_out_channels is [1000000, 1000000]"),
+    ("config.json", ["block_out_channels"], [65536, 65536], "another architecture"), ("config.json", ["layers_per_block"], 10**9, "from 1 to 32"),
+    ("config.json", ["sample_size"], 2**60, "sample_size"), ("scheduler_config.json", ["num_train_timesteps"], 10**9, "num_train_timesteps is 1000000000"),
+    ("scheduler_config.json", ["beta_end"], [1], "beta_end is [1]")])
+def test_so_is_one_of_diffusers(file, keys, value, says, tmp_path):
+    save_diffusers(model(), tmp_path)
+    change(tmp_path/file, *keys, value=value)
+    refused(lambda: load_diffusers(tmp_path), file.partition(".")[0] if "another" not in says else "", says)
+
+
+@pytest.mark.parametrize("change, says", [(dict(step=-1), "step is -1"), (dict(step="4"), "step is '4'"), (dict(step=2.5), "step is 2.5"), (dict(seconds=None), "seconds"),
+    (dict(data=[1]), "data is [1]"), (dict(config={}), "it lacks config.dataset"), (dict(config={"dataset": 5}), "config.dataset is 5"), (dict(ddpm=[]), "ddpm is []")])
+def test_a_checkpoints_header(change, says, tmp_path):
+    header = dict(format="ddpm_nbdev training 2", step=4, seconds=1., data=[7, 0], config={"dataset": "digits"}, ddpm={}) | change
+    save_file({"a": torch.zeros(1)}, tmp_path/"c.safetensors", {k: json.dumps(v) for k, v in header.items()})
+    refused(lambda: checkpoint_header(tmp_path/"c.safetensors"), "c.safetensors", says)
+
+
+@pytest.mark.parametrize("line, says", [("[]", "it is []"), ("{}", "it lacks step"), (json.dumps(ROW | {"loss": None}), "loss is None"),
+    (json.dumps(ROW | {"lr": math.inf}), "Infinity is not JSON"), (json.dumps(ROW).replace("0.5", "1e999"), "1e999"), ("["*10**5, "nested too deeply"), ("\0", "not JSON")])
+def test_a_line_of_a_log(line, says, tmp_path):
+    "A last line without an end is what a crash leaves; anything else would cost the lines after it when the run goes on."
+    (tmp_path/"log.jsonl").write_text(f"{json.dumps(ROW)}\n{line}\n{json.dumps(ROW)}\n")
+    refused(lambda: read_log(tmp_path), "log.jsonl, line 2: ", says)
+    (tmp_path/"log.jsonl").write_bytes(json.dumps(ROW).encode() + b'\n{"step": 5, "lo\xff')
+    assert read_log(tmp_path) == [ROW]
+
+
+@pytest.mark.parametrize("text", ['{"config": []}', '{"evaluation": 1e999}', "[" * 200 + "]" * 200, '{"a": ' * 60 + "1" + "}" * 60, "\0"])
+def test_metrics_of_others_are_none(text, tmp_path):
+    (tmp_path/"metrics.json").write_text(text)
+    assert read_metrics(tmp_path/"metrics.json") is None
+
+
+def test_json_never_holds_nan(tmp_path):
+    for bad in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=rf"m.json: evaluation.test.1 is {bad}, which is not JSON"): write_json(tmp_path/"m.json", {"evaluation": {"test": [1, bad]}})
+    assert not list(tmp_path.iterdir())
