@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .data import Batches, Dataset, load_dataset
 from .ddpm import DDPM, draw_samples
-from .files import read_log, write_whole
+from .files import WeightsError, read_log, write_whole
 from .machines import (any_process, join_processes, rank, size,
                                  sum_over_processes)
 from .noise import own_randomness
@@ -123,7 +123,8 @@ class RunFolder:
         row = dict(step=state.step, loss=loss, grad_norm=norm, lr=lr,
                    seconds=round(state.seconds, 3))
         if self.writes:
-            with open(self.log, 'a') as f: f.write(json.dumps(row)+'\n')
+            line = json.dumps(row, allow_nan=False)+'\n'
+            with open(self.log, 'a') as f: f.write(line)
         return loss
 
     def save(self,
@@ -388,11 +389,14 @@ def _settings_of_run(
     dataset:str,   # what the user asked for
 )->TrainConfig:
     "The settings that a run began with. ValueError if it is on another dataset."
-    saved = checkpoint_header(out/'checkpoint.safetensors')['config']
+    file = out/'checkpoint.safetensors'
+    saved = checkpoint_header(file)['config']
     if saved['dataset'] != dataset:
         raise ValueError(f"{out} holds a run on {saved['dataset']}, not {dataset}")
     known = [f.name for f in fields(TrainConfig) if f.name in saved]
-    return TrainConfig(**{name: saved[name] for name in known})
+    try: return TrainConfig(**{name: saved[name] for name in known})
+    except (ConfigError, ArithmeticError, RuntimeError) as e:   # not the user's fault
+        raise WeightsError(f"{file}: damaged settings ({e})") from e
 
 def _restarted(
     out:Path,        # the run's folder

@@ -21,6 +21,7 @@ from .files import (_FLAG, _OBJECT, _TEXT, WeightsError, _check_fields, _check_f
                               _if_there, _list, _number, _one_of, _or_null, _parse_json,
                               _whole, read_header, read_json, read_weights, write_json,
                               write_whole)
+from .machines import _free_memory
 from .objective import OBJECTIVES
 from .reverse import MEANS, VARIANCES, _check_mse
 from .schedule import (_MOST_STEPS, SCHEDULES, NoiseSchedule, choose,
@@ -32,12 +33,23 @@ ARCHITECTURES = {   # networks that can be saved, and where they live
     'OfficialUNet': 'ddpm_nbdev.pretrained',
     'MLP': 'ddpm_nbdev.toy'}
 
-def _model_from_config(
+def _network(
     cfg:dict,  # {'name': a key of ARCHITECTURES, 'args': keyword arguments}
 ):             # the network, freshly initialized
-    "Build a network by name."
+    "Build a network by name, on whatever is the default device."
     module = importlib.import_module(choose(ARCHITECTURES, 'model', cfg['name']))
     return getattr(module, cfg['name'])(**cfg['args'])
+
+def _model_from_config(
+    cfg:dict,  # as for `_network`
+):             # the network, freshly initialized
+    "Build a network by name. ValueError if it needs more memory than there is."
+    with torch.device('meta'): shell = _network(cfg)       # shapes, but no memory
+    need, free = sum(p.nbytes for p in shell.parameters()), _free_memory()
+    if free is not None and need > free:
+        raise ValueError(f"a network of {need/1e9:.1f} GB, and {free/1e9:.1f} GB of "
+                         "memory are free: choose fewer channels or levels")
+    return _network(cfg)
 
 def _mse_to_config(
     mse:Tensor, # `(T+1,)`, entry 0 unused
@@ -88,7 +100,7 @@ def save_model(
     write_whole(path/'model.safetensors', safetensors_bytes(weights, header))
     write_json(path/'config.json', cfg)
 
-# %% ../nbs/09b_saved.ipynb #605906c7
+# %% ../nbs/09b_saved.ipynb #4200209c
 _SIZE = _whole(1, 2**16)                           # of images, of layers
 _T = _whole(1, _MOST_STEPS)
 _BETA = _number(0, 1)
@@ -181,6 +193,33 @@ def current_weights(
     else: newer = step != now
     return checkpoint if newer else model
 
+# %% ../nbs/09b_saved.ipynb #abdf0a5b
+def _adam_state(
+    tensors:dict[str,Tensor], # of a checkpoint; those of weight i begin with adam.i.
+    weights:list,             # of the network, in order
+    updates:int,              # that the checkpoint says were made
+    path,                     # its name, for the message
+)->dict:                      # as in the optimizer's `state_dict()['state']`
+    "What Adam remembers, copied. WeightsError for what is missing or does not fit."
+    state, none = {}, not any(k.startswith('adam.') for k in tensors)
+    if none and not updates: return state                     # before the first update
+    for i, w in enumerate(weights):
+        found = state[i] = {}
+        count = torch.zeros((), dtype=torch.float32)
+        for k, like in (('step', count), ('exp_avg', w), ('exp_avg_sq', w)):
+            name = f'adam.{i}.{k}'
+            def refuse(is_, must): raise WeightsError(f"{path}: {name} {is_}, {must}")
+            need = f"{like.dtype} {tuple(like.shape)}"
+            if (v := tensors.get(name)) is None: refuse("is missing", f"needed: {need}")
+            if (v.shape, v.dtype) != (like.shape, like.dtype):
+                refuse(f"is {v.dtype} {tuple(v.shape)}", f"but must be {need}")
+            if k == 'step' and not (v >= 1 and v % 1 == 0):
+                refuse(f"is {v.item()}", "but must be a whole number, at least 1")
+            if k == 'exp_avg_sq' and (v < 0).any():
+                refuse("has negative elements", "but is an average of squares")
+            found[k] = torch.empty_like(like).copy_(v)
+    return state
+
 # %% ../nbs/09b_saved.ipynb #ffe12077
 _MISFITS = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError,
             RuntimeError)                    # what nonsense in a description may raise
@@ -229,7 +268,7 @@ def load_model(
     try: settings = _settings_from(description)
     except _MISFITS as e: raise _bad_config(source, e) from e
     if tensors is None: tensors = read_weights(file)
-    build = lambda: _model_from_config(description['model'])
+    build = lambda: _network(description['model'])
     return _build_filled(build, source, tensors, file), settings
 
 def _shipped(

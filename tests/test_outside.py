@@ -1,18 +1,25 @@
 "Files from outside: what may stand in them is checked before anything is built or allocated, and damage is one line."
 import json
 import math
+import os
 import resource
 import time
+from dataclasses import replace
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ddpm_nbdev import saved as saved_module
+from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.files import WeightsError, read_log, read_metrics, write_json
 from ddpm_nbdev.pretrained import load_diffusers, save_diffusers
+from ddpm_nbdev.run import _settings_of_run, train
 from ddpm_nbdev.saved import checkpoint_header
 from ddpm_nbdev.schedule import linear_schedule
+from ddpm_nbdev.train import ConfigError, TrainConfig, TrainState, build_ddpm
 from ddpm_nbdev.unet import UNet
 
 NET = dict(in_channels=1, ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], resolution=8, groups=4)
@@ -108,3 +115,63 @@ def test_json_never_holds_nan(tmp_path):
     for bad in (math.nan, math.inf):
         with pytest.raises(ValueError, match=rf"m.json: evaluation.test.1 is {bad}, which is not JSON"): write_json(tmp_path/"m.json", {"evaluation": {"test": [1, bad]}})
     assert not list(tmp_path.iterdir())
+
+
+# ---- checkpoints
+
+TINY = TrainConfig("digits", T=10, model_args=dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], groups=4), steps=3, batch_size=4, warmup=1,
+                   log_every=1, checkpoint_every=3, sample_every=0)
+
+
+@pytest.fixture(scope="module")
+def data(): return load_dataset("digits")
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    train(TINY, out := tmp_path_factory.mktemp("run"), data=data)
+    return out
+
+
+def rewritten(run, path, header=lambda h: h, tensors=lambda t: t):
+    "A checkpoint with another header or other tensors."
+    with safe_open(run/"checkpoint.safetensors", "pt") as f: head = {k: json.loads(v) for k, v in f.metadata().items()}
+    save_file(tensors(load_file(run/"checkpoint.safetensors")), path, {k: json.dumps(v) for k, v in header(head).items()})
+    return path
+
+
+@pytest.mark.parametrize("name, make, says", [("exp_avg", lambda v: v.flatten()[:1], "must be torch.float32"), ("exp_avg_sq", lambda v: v.double(), "is torch.float64"),
+    ("exp_avg_sq", lambda v: -1-v, "negative"), ("step", lambda v: v+.5, "is 3.5, but must be a whole number"), ("step", lambda v: v.int(), "torch.int32"), ("exp_avg", None, "is missing"),
+    ("step", lambda v: v*math.nan, "not finite"), ("step", lambda v: -v, "is -3.0")])
+def test_what_adam_remembers_must_fit(name, make, says, trained, data, tmp_path):
+    "The fused kernel would read and write beyond the end of a short one."
+    key = f"adam.7.{name}"
+    def damage(t): return {k: make(v) if k == key else v for k, v in t.items() if k != key or make}
+    path = rewritten(trained, tmp_path/"c.safetensors", tensors=damage)
+    state = TrainState(TINY, data, "cpu")
+    refused(lambda: state.load(path), "c.safetensors", key, says)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="no list of what is mapped")
+def test_a_loaded_checkpoint_is_not_mapped(trained, data, tmp_path):
+    "Windows could not replace it, and the space of a file that was replaced would stay taken."
+    path = rewritten(trained, tmp_path/"only_here.safetensors")
+    state = TrainState(TINY, data, "cpu")
+    state.load(path)
+    maps = open("/proc/self/maps").read()
+    assert "only_here" not in maps and state.opt.state_dict()["state"][0]["step"] == 3
+
+
+def test_settings_that_are_damaged_are_the_files_fault(trained, tmp_path):
+    rewritten(trained, tmp_path/"checkpoint.safetensors", lambda h: h | {"config": h["config"] | {"lr": -1}})
+    refused(lambda: _settings_of_run(tmp_path, "digits"), "checkpoint.safetensors", "lr must be a positive number, got -1")
+    rewritten(trained, tmp_path/"checkpoint.safetensors", lambda h: h | {"config": h["config"] | {"T": 10**9}})
+    refused(lambda: _settings_of_run(tmp_path, "digits"), "T must be a whole number of steps, at least 1 and at most 1000000")
+
+
+def test_a_network_that_no_memory_holds(data, monkeypatch):
+    monkeypatch.setattr(saved_module, "_free_memory", lambda: 10**10)
+    start, before = time.monotonic(), peak()
+    with pytest.raises(ConfigError, match="a network of .* GB, and .* GB of memory are free: choose fewer channels"):
+        build_ddpm(replace(TINY, model_args=TINY.model_args | dict(ch=40_000)), data)
+    assert time.monotonic()-start < 5 and peak()-before < 5e8
