@@ -225,7 +225,8 @@ def fetch(
     """Download a file, unless it is there; either way its MD5 is right.
     Raises ValueError, which says what to do, if it cannot be had."""
     base, md5 = SOURCES[name][0], SOURCES[name][1][file]
-    folder, progress = Path(cache or pooch.os_cache('ddpm_nbdev'))/name, _Progress(file)
+    home = Path(cache or pooch.os_cache('ddpm_nbdev')).expanduser()
+    folder, progress = home/name, _Progress(file)
     try:
         if (folder/file).is_file() and pooch.file_hash(folder/file, 'md5') == md5:
             return folder/file

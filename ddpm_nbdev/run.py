@@ -290,7 +290,8 @@ def train(
     data:Dataset|None=None,  # None loads `cfg.dataset`
 )->DDPM:                     # with the averaged weights; also saved in `out`
     """Algorithm 1, with the optimizer of Appendix B, and with files. ValueError for a
-    folder or settings that do not fit, Interrupted when it was stopped and saved."""
+    folder or settings that do not fit, Interrupted when it was stopped and saved,
+    OSError for a file that cannot be written, with the way back."""
     join_processes()
     with own_randomness(torch.device(device)), _finish_step_first() as stop:
         data = data or load_dataset(cfg.dataset, cfg.size, cfg.channels)
@@ -302,10 +303,11 @@ def train(
             _check_folder(Path(out), resume, overwrite)
             state = TrainState(cfg, data, device)       # before anything is written
             run = RunFolder(out, resume, overwrite)
-            if resume: run.restore(state)
-            _loop(run, state, batches, stop, progress)
-            ddpm = state.averaged()
-            if run.writes: ddpm.save(out, state.step)
+            with _way_back(run, state):
+                if resume: run.restore(state)
+                _loop(run, state, batches, stop, progress)
+                ddpm = state.averaged()
+                if run.writes: ddpm.save(out, state.step)
             sum_over_processes(torch.zeros(1))    # nobody goes on before they are there
         return ddpm
 
@@ -343,6 +345,22 @@ def _loop(
         if stopping:
             raise Interrupted(f"stopped after step {state.step} of {cfg.steps}; "
                               f"to go on: {_resume_command(cfg, run.path)}")
+
+@contextmanager
+def _way_back(
+    run:RunFolder,    # where it is written down
+    state:TrainState, # how far it is
+):
+    "Let an OSError inside the block say at which step it came, and how to go on."
+    try: yield
+    except OSError as e:
+        again = _resume_command(state.cfg, run.path)
+        kept = "there is no checkpoint yet"
+        if run.saved_step:
+            kept = (f"the checkpoint of step {run.saved_step} is kept; "
+                    f"to go on when that is mended: {again}")
+        why = f"{e.strerror or e}, at step {state.step}; {kept}"
+        raise OSError(e.errno, why, str(e.filename or run.path)) from e
 
 def _resume_command(
     cfg:TrainConfig, # of the run

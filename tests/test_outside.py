@@ -1,17 +1,22 @@
 "Files from outside: what may stand in them is checked before anything is built or allocated, and damage is one line."
+import io
 import json
 import math
 import os
-import resource
+import shutil
+import sys
 import time
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import failed
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from ddpm_nbdev import cli
 from ddpm_nbdev import saved as saved_module
+from ddpm_nbdev.cli import ddpm_sample, ddpm_train
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.files import WeightsError, read_log, read_metrics, write_json
@@ -26,7 +31,11 @@ NET = dict(in_channels=1, ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutio
 ROW = dict(step=4, loss=.5, grad_norm=1., lr=1e-3, seconds=2.)
 
 
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*1024
+def peak():
+    "The most memory that this process has had, in bytes; 0 on Windows, which has no such number."
+    try: import resource
+    except ImportError: return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
 
 
 def model(): return DDPM(UNet(**NET), linear_schedule(10), (1, 8, 8))
@@ -175,3 +184,48 @@ def test_a_network_that_no_memory_holds(data, monkeypatch):
     with pytest.raises(ConfigError, match="a network of .* GB, and .* GB of memory are free: choose fewer channels"):
         build_ddpm(replace(TINY, model_args=TINY.model_args | dict(ch=40_000)), data)
     assert time.monotonic()-start < 5 and peak()-before < 5e8
+
+
+# ---- the machine's fault
+
+def test_a_full_disk_says_file_step_and_way_back(data, trained, tmp_path, monkeypatch):
+    shutil.copytree(trained, tmp_path/"run")
+    before, real = (tmp_path/"run/checkpoint.safetensors").read_bytes(), os.fsync
+    def full(fd):
+        if os.fstat(fd).st_size > 10_000: raise OSError(28, "No space left on device")
+        return real(fd)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError) as e: train(replace(TINY, steps=9), tmp_path/"run", resume=True, data=data)
+    assert "checkpoint.safetensors" in e.value.filename and e.value.errno == 28
+    assert e.value.strerror == ("No space left on device, at step 6; the checkpoint of step 3 is kept; to go on when that is mended: "
+                                f"ddpm_train digits --out {tmp_path/'run'} --resume")
+    assert (tmp_path/"run/checkpoint.safetensors").read_bytes() == before and not list((tmp_path/"run").glob("*.tmp"))
+
+
+@pytest.mark.parametrize("error, said", [("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 4 bytes.", "out of memory: a smaller batch"),
+    ("[enforce fail at alloc_cpu.cpp:80] data. DefaultCPUAllocator: not enough memory: you tried to allocate 4 bytes.", "out of memory"),
+    ("InvalidCxxCompiler: No working C++ compiler found in torch._inductor.config.cpp.cxx: (None, 'g++')\n\nSet TORCHDYNAMO_VERBOSE=1", "without --compile"),
+    ("Failed to find C compiler. Please specify via CC environment variable", "without --compile"), ("Could not determine home directory.", "set HOME")])
+def test_what_the_machine_lacks_is_one_line(error, said, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    def broken(*a, **kw): raise RuntimeError(error)
+    monkeypatch.setattr(cli, "find_model", broken)
+    failed(call(ddpm_sample, "digits", "--n", 1), 1, "ddpm_sample: ", said)
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-2", "1.5", ""])
+def test_a_number_of_processes_that_is_none(value, call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", value)
+    failed(call(ddpm_train, "digits", "--steps", 1), 1, f"WORLD_SIZE={value!r}, but it must be a whole number")
+
+
+def test_a_console_that_lacks_a_letter(tmp_path, monkeypatch):
+    "As a Windows console does: the file is written, the name is shown in another way."
+    monkeypatch.chdir(tmp_path)
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="cp1252"))
+    monkeypatch.setattr(sys, "argv", ["ddpm_sample", "digits", "--n", "1", "--steps-used", "1", "--out", "日.png"])
+    ddpm_sample()
+    sys.stdout.flush()
+    assert (tmp_path/"日.png").exists() and b"wrote \\u65e5.png" in raw.getvalue()
