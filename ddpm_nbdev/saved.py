@@ -100,7 +100,7 @@ def save_model(
     write_whole(path/'model.safetensors', safetensors_bytes(weights, header))
     write_json(path/'config.json', cfg)
 
-# %% ../nbs/09b_saved.ipynb #4200209c
+# %% ../nbs/09b_saved.ipynb #e268c844
 _SIZE = _whole(1, 2**16)                           # of images, of layers
 _T = _whole(1, _MOST_STEPS)
 _BETA = _number(0, 1)
@@ -162,7 +162,8 @@ def checkpoint_header(
                            "which drew its noise in another way; its "
                            "model.safetensors can still be used")
     if kind != json.dumps(_CHECKPOINT):
-        raise WeightsError(f"{path}: not a checkpoint of a training run")
+        raise WeightsError(f"{path}: not a checkpoint of a training run; another model "
+                           "is named by its folder")
     try: header = {k: _parse_json(v) for k, v in header.items()}
     except ValueError as e:
         raise WeightsError(f"{path}: a damaged header ({e})") from e
@@ -180,8 +181,11 @@ def read_checkpoint(
 def current_weights(
     path:str|Path, # a folder of a model or a run, or one checkpoint
 )->Path:           # a checkpoint or a model.safetensors
-    "The file with the current weights: the model's, or those of another step."
+    """The file with the current weights: the model's, or those of another step.
+    WeightsError for a file that holds none, such as a config.json."""
     path = Path(path)
+    if path.suffix in ('.json', '.jsonl', '.png') and path.is_file():
+        raise WeightsError(f"{path}: a model is named by its folder: {path.parent}")
     if path.is_file(): return path
     model, checkpoint = path/'model.safetensors', path/'checkpoint.safetensors'
     if not checkpoint.exists(): return model
@@ -193,7 +197,7 @@ def current_weights(
     else: newer = step != now
     return checkpoint if newer else model
 
-# %% ../nbs/09b_saved.ipynb #abdf0a5b
+# %% ../nbs/09b_saved.ipynb #5b20ec7f
 def _adam_state(
     tensors:dict[str,Tensor], # of a checkpoint; those of weight i begin with adam.i.
     weights:list,             # of the network, in order

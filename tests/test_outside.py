@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ddpm_nbdev import cli
 from ddpm_nbdev import saved as saved_module
-from ddpm_nbdev.cli import ddpm_sample, ddpm_train
+from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.files import WeightsError, read_log, read_metrics, write_json
@@ -229,3 +229,20 @@ def test_a_console_that_lacks_a_letter(tmp_path, monkeypatch):
     ddpm_sample()
     sys.stdout.flush()
     assert (tmp_path/"日.png").exists() and b"wrote \\u65e5.png" in raw.getvalue()
+
+
+# ---- a file of a model in place of its folder
+
+def test_a_models_file_names_the_model_or_its_folder(call, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained, "run")
+    quick = "--images", 2, "--curve-images", 1, "--quiet", "--out", "m.json"
+    for name in ("model.safetensors", "checkpoint.safetensors"):
+        assert call(ddpm_sample, f"run/{name}", "--n", 1, "--quiet", "--overwrite", "--out", "x.png") == (0, "", "")
+        assert call(ddpm_evaluate, f"run/{name}", *quick) == (0, "", "")
+    for name in ("config.json", "log.jsonl"):
+        failed(call(ddpm_sample, f"run/{name}", "--n", 1), 1, f"run/{name}: a model is named by its folder: run")
+        failed(call(ddpm_evaluate, f"run/{name}", *quick), 1, f"run/{name}: a model is named by its folder: run")
+    save_diffusers(model(), tmp_path/"theirs")
+    for name in ("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"):
+        failed(call(ddpm_sample, f"theirs/{name}", "--n", 1), 1, f"theirs/{name}", "named by its folder")
