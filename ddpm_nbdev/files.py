@@ -10,6 +10,7 @@ __all__ = ['write_whole', 'write_json', 'WeightsError', 'read_json', 'read_metri
 import json
 import math
 import os
+import re
 import reprlib
 import uuid
 from collections.abc import Callable
@@ -63,9 +64,14 @@ def write_json(
                          "that it comes from are too large, or damaged") from e
     write_whole(path, (text + '\n').encode())
 
-# %% ../nbs/00_files.ipynb #637e5956
+# %% ../nbs/00_files.ipynb #300d0d2e
 class WeightsError(ValueError):
-    "A file of a model cannot be used; the message says which and why."
+    "A file of a model cannot be used; the message says which and why, in one line."
+    def __init__(self, message:str):
+        # names and values from a file are part of it
+        message = re.sub(r'[\x00-\x1f\x7f\u2028\u2029]+', ' ', message)
+        if len(message) > 1000: message = f"{message[:600]} ... {message[-300:]}"
+        super().__init__(message)
 
 class _Kind(NamedTuple):
     "What a value in a file may be."

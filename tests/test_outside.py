@@ -1,4 +1,5 @@
 "Files from outside: what may stand in them is checked before anything is built or allocated, and damage is one line."
+import gzip
 import io
 import json
 import math
@@ -8,6 +9,7 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import failed
@@ -20,6 +22,7 @@ from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.files import WeightsError, read_log, read_metrics, write_json
+from ddpm_nbdev.formats import read_fashion_mnist
 from ddpm_nbdev.pretrained import load_diffusers, save_diffusers
 from ddpm_nbdev.run import _settings_of_run, train
 from ddpm_nbdev.saved import checkpoint_header
@@ -246,3 +249,128 @@ def test_a_models_file_names_the_model_or_its_folder(call, trained, tmp_path, mo
     save_diffusers(model(), tmp_path/"theirs")
     for name in ("config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"):
         failed(call(ddpm_sample, f"theirs/{name}", "--n", 1), 1, f"theirs/{name}", "named by its folder")
+
+
+# ---- damage at random
+
+MUTATIONS = 60                  # of each kind; more of them is a longer search
+NASTY = ["null", "true", "0", "-1", "1", "3", "2.5", "-0.0", "1e308", "1e999", "NaN", "-Infinity", str(10**30), "1" + "0"*5000, '""', '"x"', '"\\ud800"', "[]", "{}", "[[]]",
+         '{"a": 1}', "["*10_000 + "]"*10_000, '{"a":'*10_000 + "1" + "}"*10_000, "[" + "0,"*100_000 + "0]", '"' + "x"*10**6 + '"', str(2**31), str(2**63), "65536", "1000000"]
+
+
+def places(obj, path=()):
+    "Every place in a JSON value."
+    if path: yield path
+    for k, v in obj.items() if isinstance(obj, dict) else enumerate(obj[:5]) if isinstance(obj, list) else (): yield from places(v, (*path, k))
+
+
+def mutated_json(text, rng):
+    "Another value somewhere, or one thing less, or bytes that were damaged."
+    kind = rng.integers(8)
+    if kind == 0: return mutated_bytes(text.encode(), rng)
+    obj = json.loads(text)
+    found = list(places(obj))
+    where = found[rng.integers(len(found))]
+    inner = obj
+    for k in where[:-1]: inner = inner[k]
+    if kind == 1: del inner[where[-1]]
+    else: inner[where[-1]] = "MARK"
+    return json.dumps(obj).replace('"MARK"', NASTY[rng.integers(len(NASTY))]).encode()
+
+
+def mutated_bytes(data, rng):
+    "Cut off, or a few bytes flipped, most of them where the file begins."
+    if rng.integers(4) == 0: return data[:rng.integers(len(data))]
+    data = bytearray(data)
+    for _ in range(rng.integers(1, 4)): data[rng.integers(len(data) if rng.integers(3) == 0 else min(len(data), 100))] ^= 1 << rng.integers(8)
+    return bytes(data)
+
+
+def mutated_header(data, rng):
+    "A safetensors file with something else in its header, whose length is right; or with damaged bytes."
+    if rng.integers(3) == 0: return mutated_bytes(data, rng)
+    n = int.from_bytes(data[:8], "little")
+    obj = json.loads(data[8:8+n])
+    said = obj.get("__metadata__", {})
+    if "config" in said and rng.integers(3):                 # a checkpoint's: JSON inside of JSON
+        k = sorted(said)[rng.integers(len(said))]
+        said[k] = mutated_json(json.dumps({k: json.loads(said[k])}), rng).decode(errors="replace")[len(json.dumps(k))+3:-1]
+        head = json.dumps(obj).encode()
+    else: head = mutated_json(json.dumps(obj), rng)
+    return len(head).to_bytes(8, "little") + head + data[8+n:]
+
+
+def fuzz(file, mutate, *reads):
+    "Damage a file again and again: a reader takes it, or says in one line of one kind why not."
+    whole, before, refusals = file.read_bytes(), peak(), 0
+    for seed in range(MUTATIONS):
+        data = mutate(whole, np.random.default_rng([seed, 20260714]))
+        file.write_bytes(data)
+        for read, errors in reads:
+            start = time.monotonic()
+            try: read()
+            except errors as e:
+                refusals += 1
+                assert "\n" not in str(e) and len(str(e)) < 2000, (seed, str(e)[:3000])
+            except BaseException as e: raise AssertionError(f"seed {seed}: {type(e).__name__}: {str(e)[:300]} from {data[:300]}") from e
+            assert time.monotonic()-start < 20, seed
+    assert peak()-before < 2e9 and (refusals or errors == ())
+    file.write_bytes(whole)
+
+
+def json_bytes(mutate): return lambda data, rng: mutate(data.decode(), rng)
+
+
+def test_damaged_configurations(saved):
+    fuzz(saved/"config.json", json_bytes(mutated_json), (lambda: DDPM.load(saved), WeightsError))
+
+
+def test_damaged_weights(saved):
+    fuzz(saved/"model.safetensors", mutated_header, (lambda: DDPM.load(saved), WeightsError))
+
+
+def test_damaged_checkpoints(trained, data, tmp_path):
+    shutil.copy(trained/"checkpoint.safetensors", tmp_path)
+    file = tmp_path/"checkpoint.safetensors"
+    fuzz(file, mutated_header, (lambda: checkpoint_header(file), WeightsError), (lambda: DDPM.load(file), WeightsError), (lambda: _settings_of_run(tmp_path, "digits"), ValueError),
+         (lambda: TrainState(TINY, data, "cpu").load(file), WeightsError))
+
+
+def test_damaged_logs(trained, tmp_path):
+    shutil.copy(trained/"log.jsonl", tmp_path)
+    def mutate(data, rng):
+        lines = data.split(b"\n")
+        i = rng.integers(len(lines)-1)
+        return b"\n".join([*lines[:i], mutated_json(lines[i].decode(), rng), *lines[i+1:]])
+    fuzz(tmp_path/"log.jsonl", mutate, (lambda: read_log(tmp_path), WeightsError))
+
+
+def test_damaged_metrics(tmp_path):
+    file = tmp_path/"metrics.json"
+    write_json(file, {"config": {"steps": 4, "model_args": {"ch_mult": [1, 2]}}, "evaluation": {"test": {"total": 2.5}}, "parameters": 7})
+    def add(): write_json(tmp_path/"new.json", (read_metrics(file) or {}) | {"more": 1})       # what was read can be written
+    fuzz(file, json_bytes(mutated_json), (add, ()))
+
+
+@pytest.mark.parametrize("name", ["config.json", "scheduler_config.json", "diffusion_pytorch_model.safetensors"])
+def test_damaged_folders_of_diffusers(name, tmp_path):
+    save_diffusers(model(), tmp_path)
+    fuzz(tmp_path/name, json_bytes(mutated_json) if name.endswith("json") else mutated_header, (lambda: load_diffusers(tmp_path), WeightsError))
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_damaged_idx_files(suffix, tmp_path):
+    for name, axes, fill in (("train-images-idx3", (6, 28, 28), 7), ("train-labels-idx1", (6,), 3), ("t10k-images-idx3", (3, 28, 28), 7), ("t10k-labels-idx1", (3,), 3)):
+        raw = bytes((0, 0, 8, len(axes))) + np.array(axes, ">u4").tobytes() + bytes([fill])*math.prod(axes)
+        (tmp_path/f"{name}-ubyte{suffix}").write_bytes(gzip.compress(raw) if suffix else raw)
+    assert read_fashion_mnist(tmp_path)[0].shape == (6, 1, 28, 28)
+    fuzz(tmp_path/f"train-images-idx3-ubyte{suffix}", mutated_bytes, (lambda: read_fashion_mnist(tmp_path), ValueError))
+
+
+def test_a_gzip_that_would_fill_the_memory(tmp_path):
+    "Megabytes that unpack to gigabytes: reading stops where no file that is known is so long."
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"): (tmp_path/f"{name}-ubyte.gz").write_bytes(gzip.compress(b""))
+    (tmp_path/"train-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(2**24))*160)
+    before = peak()
+    with pytest.raises(ValueError, match="no IDX file"): read_fashion_mnist(tmp_path)
+    assert peak()-before < 1e9
