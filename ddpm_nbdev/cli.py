@@ -6,7 +6,6 @@
 __all__ = ['ddpm_train', 'ddpm_sample', 'ddpm_evaluate']
 
 # %% ../nbs/20_cli.ipynb #67f92688
-import os
 import shlex
 import time
 from collections.abc import Callable
@@ -24,8 +23,8 @@ from .ddpm import DDPM, draw_samples
 from .files import read_json, read_metrics, write_json, write_whole
 from .likelihood import (Likelihood, best_steps, decoder_costs, even_steps,
                                    evaluate_bits_per_dim, measure_mse, rate_distortion, stride)
-from .machines import (PRECISIONS, LowPrecision, join_processes, rank, size,
-                                 sum_over_processes)
+from .machines import (PRECISIONS, LowPrecision, _processes, join_processes, rank,
+                                 size, sum_over_processes)
 from .measures import _check_quality, _with_quality, quality_of
 from .models import (_add_metrics, _chain_name, _data_of, _free_name,
                                _metrics_file, find_model)
@@ -54,8 +53,8 @@ def _settings_for(
     changes:dict,     # what the user asked for
 )->TrainConfig:
     "The preset with the user's changes; one shard for each process unless asked."
-    processes = int(os.environ.get('WORLD_SIZE', 1))
-    return preset_settings(dataset, name, **{'shards': processes} | changes)
+    shards = _processes('WORLD_SIZE')
+    return preset_settings(dataset, name, **{'shards': shards} | changes)
 
 def _plan_training(
     out:Path,        # the run's folder

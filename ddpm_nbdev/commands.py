@@ -9,6 +9,7 @@ __all__ = ['command']
 import argparse
 import inspect
 import os
+import re
 import sys
 import types
 import typing
@@ -93,19 +94,33 @@ def _one_line(
     return ' '.join(str(e).split()) or type(e).__name__
 
 # %% ../nbs/19a_commands.ipynb #ed6ce2d8
+_NO_MEMORY = ("out of memory: a smaller batch, more shards or a smaller network "
+              "might fit")
+_KNOWN = {                # words of a RuntimeError -> what the user can do about it
+    "not enough memory|can't allocate memory|bad_alloc": _NO_MEMORY,
+    r"InvalidCxxCompiler|C(\+\+)? compiler|working triton|TritonMissing":
+        "--compile makes code with a compiler, and none is found that works: install "
+        "one (such as g++; for a GPU Triton and gcc), or go without --compile",
+    "determine home directory":
+        "~ stands for a home folder, and none is known: set HOME, or write the path "
+        "in full"}
+
 def _run(func, parser, name):
     "Call the function with the options of the command line; end with a status."
     options = vars(parser.parse_args())
+    for out in (sys.stdout, sys.stderr):   # a console may lack letters of a file's name
+        if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
     try: func(**options)
     except ConfigError as e: parser.error(_one_line(e))
     except KeyboardInterrupt as e:
         why = _one_line(e) if isinstance(e, Interrupted) else 'interrupted'
         parser.exit(130, f"\n{name}: {why}\n")
     except (torch.cuda.OutOfMemoryError, MemoryError):
-        parser.exit(1, f"{name}: out of memory: a smaller batch, more shards or a "
-                    "smaller network might fit\n")
+        parser.exit(1, f"{name}: {_NO_MEMORY}\n")
     except (ValueError, OSError) as e: parser.exit(1, f"{name}: {_one_line(e)}\n")
     except RuntimeError as e:
+        for words, said in _KNOWN.items():
+            if re.search(words, str(e)): parser.exit(1, f"{name}: {said}\n")
         lost = any(word in str(e) for word in ('gloo', 'NCCL', 'onnection'))
         if size() == 1 or not lost: raise
         print(f"{name}: lost the other processes ({_one_line(e)[:150]}...)",

@@ -8,9 +8,14 @@ __all__ = ['write_whole', 'write_json', 'WeightsError', 'read_json', 'read_metri
 
 # %% ../nbs/00_files.ipynb #65b59fd9
 import json
+import math
 import os
+import re
+import reprlib
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -29,21 +34,123 @@ def write_whole(
             f.flush()
             os.fsync(f.fileno())
         os.replace(tmp, path)
-    except BaseException:
+    except BaseException as e:
         tmp.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.filename is None: e.filename = str(path)
         raise
+
+def _not_finite(
+    obj,         # what JSON should hold
+    key:str='',  # where it is
+)->str|None:
+    "The first number that is NaN or infinite, as 'key is value'."
+    if isinstance(obj, float): return None if math.isfinite(obj) else f"{key} is {obj}"
+    pairs = ()
+    if isinstance(obj, dict): pairs = obj.items()
+    elif isinstance(obj, (list, tuple)): pairs = enumerate(obj)
+    found = (_not_finite(v, f'{key}.{k}'.removeprefix('.')) for k, v in pairs)
+    return next((f for f in found if f), None)
 
 def write_json(
     path:str|Path, # the file
     obj,           # anything JSON can hold
 ):
-    "Write JSON, whole or not at all. ValueError for NaN and infinity: JSON has none."
-    text = json.dumps(obj, indent=1, allow_nan=False)
+    """Write JSON, whole or not at all. ValueError for NaN and infinity, which JSON does
+    not have; it names the file and the key."""
+    try: text = json.dumps(obj, indent=1, allow_nan=False)
+    except ValueError as e:
+        if not (found := _not_finite(obj)): raise
+        raise ValueError(f"{path}: {found}, which is not JSON compliant; the numbers "
+                         "that it comes from are too large, or damaged") from e
     write_whole(path, (text + '\n').encode())
 
-# %% ../nbs/00_files.ipynb #035eb2ae
+# %% ../nbs/00_files.ipynb #300d0d2e
 class WeightsError(ValueError):
-    "A file of a model cannot be used; the message says which and why."
+    "A file of a model cannot be used; the message says which and why, in one line."
+    def __init__(self, message:str):
+        # names and values from a file are part of it
+        message = re.sub(r'[\x00-\x1f\x7f\u2028\u2029]+', ' ', message)
+        if len(message) > 1000: message = f"{message[:600]} ... {message[-300:]}"
+        super().__init__(message)
+
+class _Kind(NamedTuple):
+    "What a value in a file may be."
+    right:str            # in words, for the message
+    ok:Callable          # (value) -> bool
+    needed:bool=True     # must it be there?
+
+def _whole(least:int=0, most:int=2**53)->_Kind:
+    "A whole number; a bool is none."
+    return _Kind(f"a whole number from {least} to {most}",
+                 lambda v: type(v) is int and least <= v <= most)
+
+def _number(least:float=-1e300, most:float=1e300)->_Kind:
+    "A finite number."
+    return _Kind(f"a number from {least:g} to {most:g}",           # NaN fails both
+                 lambda v: type(v) in (int, float) and least <= v <= most)
+
+def _one_of(*names)->_Kind:
+    "One of a few words."
+    return _Kind(f"one of {', '.join(names)}",
+                 lambda v: isinstance(v, str) and v in names)
+
+def _list(kind:_Kind, least:int, most:int)->_Kind:
+    "So many values of a kind; the length is looked at first."
+    return _Kind(f"a list of {least} to {most}, each {kind.right}",
+                 lambda v: isinstance(v, list) and least <= len(v) <= most
+                 and all(map(kind.ok, v)))
+
+def _or_null(kind:_Kind)->_Kind:
+    "A value, or null."
+    return _Kind(f"{kind.right}, or null", lambda v: v is None or kind.ok(v))
+
+def _if_there(kinds:dict)->dict:
+    "The same kinds, of names that may be missing."
+    return {name: kind._replace(needed=False) for name, kind in kinds.items()}
+
+_TEXT = _Kind("text", lambda v: isinstance(v, str))
+_FLAG = _Kind("true or false", lambda v: isinstance(v, bool))
+_OBJECT = _Kind("an object", lambda v: isinstance(v, dict))
+
+def _check_fields(
+    file,                      # its name, for the message
+    obj,                       # what was read from it
+    kinds:dict,                # name -> kind, or a dict of kinds
+    what:str='configuration',  # it should be, for the message
+    inside:str='',             # where in the file
+):
+    "WeightsError that names file, key and value, and says what would be right."
+    def refuse(why): raise WeightsError(f"{file}: not a usable {what} ({why})")
+    if not isinstance(obj, dict):
+        refuse(f"{inside or 'it'} is {reprlib.repr(obj)}, but must be an object")
+    for name, kind in kinds.items():
+        key = f'{inside}.{name}'.removeprefix('.')
+        nested = isinstance(kind, dict)
+        if name not in obj:
+            if nested or kind.needed: refuse(f"it lacks {key}")
+        elif nested: _check_fields(file, obj[name], kind, what, key)
+        elif not kind.ok(obj[name]):
+            refuse(f"{key} is {reprlib.repr(obj[name])}, but must be {kind.right}")
+
+# %% ../nbs/00_files.ipynb #035eb2ae
+_DEEPEST, _LARGEST = 50, 2**26   # JSON: levels of nesting, bytes of a file
+
+def _parse_json(
+    text:str,
+): # a dict, a list, ...
+    "JSON, strictly. ValueError for NaN, infinity, too large numbers, deep nesting."
+    def refuse(word): raise ValueError(f"{word[:40]} is not JSON")
+    def finite(word):
+        if not math.isfinite(v := float(word)): refuse(word)
+        return v
+    try: obj = json.loads(text, parse_constant=refuse, parse_float=finite)
+    except RecursionError as e: raise ValueError("nested too deeply") from e
+    level = [obj]
+    for _ in range(_DEEPEST):
+        level = [v for o in level if isinstance(o, (dict, list))
+                 for v in (o.values() if isinstance(o, dict) else o)]
+    if level: raise ValueError("nested too deeply")
+    return obj
 
 def read_json(
     path:str|Path, # a JSON file
@@ -51,30 +158,47 @@ def read_json(
     "Read a JSON object. WeightsError if the file is missing or something else."
     path = Path(path)
     if not path.is_file(): raise WeightsError(f"{path}: no such file")
-    def refuse(word): raise ValueError(f"{word} is not JSON")
-    try: obj = json.loads(path.read_text(encoding='utf-8'), parse_constant=refuse)
+    if (n := path.stat().st_size) > _LARGEST:
+        raise WeightsError(f"{path}: {n} bytes are too many for a configuration, "
+                           f"at most {_LARGEST} are read")
+    try: obj = _parse_json(path.read_text(encoding='utf-8'))
     except ValueError as e: raise WeightsError(f"{path}: not JSON ({e})") from e
-    except RecursionError as e: raise WeightsError(f"{path}: nested too deeply") from e
     if not isinstance(obj, dict):
         raise WeightsError(f"{path}: not a configuration but a {type(obj).__name__}")
     return obj
+
+_METRICS = _if_there({'config': _OBJECT, 'evaluation': _OBJECT})   # what is looked at
+_LOG_ROW = dict(step=_whole(), loss=_number(), grad_norm=_number(0), lr=_number(0),
+                seconds=_number(0))
 
 def read_metrics(
     path:str|Path, # a JSON file of a run
 )->dict|None:      # {} if it is not there, None if it holds something else
     "The numbers that earlier commands wrote."
     if not Path(path).exists(): return {}
-    try: return read_json(path)
+    try:
+        metrics = read_json(path)
+        _check_fields(path, metrics, _METRICS, 'file of metrics')
     except WeightsError: return None
+    return metrics
 
 def read_log(
     path:str|Path,  # a run's folder
-)->list[dict]:      # one dict per line
-    "The log of a run; a last line that was cut off by a crash is left out."
+)->list[dict]:      # one dict per line: step, loss, grad_norm, lr, seconds
+    """The log of a run; a last line that was cut off by a crash is left out.
+    WeightsError names another line that is damaged."""
     rows, log = [], Path(path)/'log.jsonl'
-    for line in log.read_text().splitlines() if log.exists() else []:
-        try: rows.append(json.loads(line))
-        except ValueError: break
+    if not log.exists(): return []
+    lines = log.read_text(encoding='utf-8', errors='replace').split('\n')
+    for i, line in enumerate(lines, 1):
+        where = f"{log}, line {i}"
+        try: row = _parse_json(line)
+        except ValueError as e:
+            if i == len(lines): break                        # the line has no end
+            raise WeightsError(f"{where}: not JSON ({e}); without it the log can "
+                               "be read") from e
+        _check_fields(where, row, _LOG_ROW, 'line of a log')
+        rows.append(row)
     return rows
 
 # %% ../nbs/00_files.ipynb #d4266c81
@@ -119,12 +243,12 @@ def read_weights(
                                "training diverged")
     return found
 
-def load_weights(
-    model,                    # the module to fill
+def _check_fit(
+    model,                    # a module, which may be on the device 'meta'
     weights:dict[str,Tensor], # name -> tensor
     path:str|Path,            # where they came from, for the message
 ):
-    "Fill a model, or say in a WeightsError which tensor does not fit."
+    "WeightsError that says which tensor does not fit."
     own = model.state_dict()
     want = {k: tuple(v.shape) for k, v in own.items()}
     have = {k: tuple(v.shape) for k, v in weights.items()}
@@ -140,4 +264,12 @@ def load_weights(
         if not weights[k].to(own[k].dtype).isfinite().all():
             raise WeightsError(f"{path}: {k} has numbers that are too large for "
                                f"{own[k].dtype}")
+
+def load_weights(
+    model,                    # the module to fill
+    weights:dict[str,Tensor], # name -> tensor
+    path:str|Path,            # where they came from, for the message
+):
+    "Fill a model, or say in a WeightsError which tensor does not fit."
+    _check_fit(model, weights, path)
     model.load_state_dict(weights)

@@ -225,7 +225,8 @@ def fetch(
     """Download a file, unless it is there; either way its MD5 is right.
     Raises ValueError, which says what to do, if it cannot be had."""
     base, md5 = SOURCES[name][0], SOURCES[name][1][file]
-    folder, progress = Path(cache or pooch.os_cache('ddpm_nbdev'))/name, _Progress(file)
+    home = Path(cache or pooch.os_cache('ddpm_nbdev')).expanduser()
+    folder, progress = home/name, _Progress(file)
     try:
         if (folder/file).is_file() and pooch.file_hash(folder/file, 'md5') == md5:
             return folder/file
@@ -358,8 +359,8 @@ def read_fashion_mnist(
     found, arrays = _find_fashion_mnist(data_dir), {}
     for f, p in found.items():
         try:
-            raw = p.read_bytes()
-            if p.suffix == '.gz': raw = gzip.decompress(raw)
+            with (gzip.open if p.suffix == '.gz' else open)(p, 'rb') as file:
+                raw = file.read(2**28)               # more than any that is known
         except (OSError, EOFError, zlib.error) as e:
             raise ValueError(f"{p} is damaged: {e}") from e
         a = arrays[f] = _parse_idx(raw, p, 3 if 'images' in f else 1)

@@ -152,6 +152,15 @@ def _number_in(file, pattern):
     except OSError: return None
     return int(found[1]) if found else None
 
+def _processes(
+    name:str,  # WORLD_SIZE or LOCAL_WORLD_SIZE, which torchrun sets
+)->int:        # 1 where it is not set
+    "How many processes there are. ValueError for what cannot be a number of them."
+    text = os.environ.get(name, '1')
+    if text.isdecimal() and int(text): return int(text)
+    raise ValueError(f"the environment has {name}={text!r}, but it must be a whole "
+                     "number, at least 1; without torchrun leave it unset")
+
 def _free_memory()->int|None:   # bytes; None where the system does not tell
     "Memory that can be had: the machine's, or the container's if that is less."
     free = _number_in('/proc/meminfo', r'^MemAvailable:\s+(\d+) kB')
@@ -168,7 +177,7 @@ def check_memory(
     shape:tuple[int,int,int], # of each, `(c, h, w)`
 ):
     "ValueError if `n` images do not fit; each process on this machine holds them."
-    need = n*math.prod(shape)*int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    need = n*math.prod(shape)*_processes('LOCAL_WORLD_SIZE')
     free = _free_memory()
     if free is not None and need > .9*free:
         raise ValueError(

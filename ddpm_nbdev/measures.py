@@ -23,7 +23,7 @@ from .ddpm import DDPM, _sample_batches
 from .decoder import to_model_range
 from .features import FEATURES, Features, load_features
 from .files import WeightsError, read_header, read_weights, write_whole
-from .machines import (Autocast, _free_memory, any_process, eval_mode,
+from .machines import (Autocast, _free_memory, _processes, any_process, eval_mode,
                                  gather_rows, my_share, rank, size)
 from .quality import fid, inception_score, kid, precision_recall
 from .train import ConfigError
@@ -181,7 +181,7 @@ def _check_room(
     classes:int,  # probabilities of each sample
 ):
     "ValueError if all this does not fit; each process on this machine holds it."
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    local = _processes('LOCAL_WORLD_SIZE')
     need, free = 8*(2*(n+real)*d + n*classes)*local, _free_memory()
     if free is not None and need > .9*free:
         raise ValueError(f"the features of {n} samples and {real} real images take "

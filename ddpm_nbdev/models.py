@@ -72,6 +72,7 @@ def _data_of(
 )->Dataset:
     "The images to evaluate on. ValueError if they do not fit the model."
     path, side, channels = Path(what), ddpm.shape[-1], ddpm.shape[0]
+    if path.name == 'model.safetensors': path = path.parent     # a checkpoint knows
     checkpoint = path if path.is_file() else path/'checkpoint.safetensors'
     if dataset is None and checkpoint.exists():
         dataset = checkpoint_header(checkpoint)['config']['dataset']

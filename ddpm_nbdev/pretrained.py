@@ -15,10 +15,11 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .ddpm import DDPM
-from .files import (WeightsError, load_weights, read_json, read_weights, write_json,
-                              write_whole)
-from .saved import _MISFITS, _bad_config
-from .schedule import (NoiseSchedule, describe_schedule, linear_schedule,
+from .files import (_TEXT, WeightsError, _check_fields, _list, _number, _or_null,
+                              read_json, read_weights, write_json, write_whole)
+from .saved import (_BETA, _MISFITS, _SIZE, _T, _UNET_ARGS, _bad_config,
+                              _build_filled)
+from .schedule import (_MOST_STEPS, NoiseSchedule, describe_schedule, linear_schedule,
                                  quadratic_schedule)
 from .unet import UNet
 
@@ -140,6 +141,11 @@ def _require(
 # %% ../nbs/11a_pretrained.ipynb #efcb7e3f
 _DOWN_BLOCKS = ('DownBlock2D', 'AttnDownBlock2D')
 
+_UNET_HOLDS = dict(                    # what is computed with; the rest is compared
+    in_channels=_SIZE, block_out_channels=_list(_SIZE, 0, 12), dropout=_number(0, 1),
+    layers_per_block=_UNET_ARGS['num_res_blocks'], norm_num_groups=_SIZE,
+    down_block_types=_list(_TEXT, 0, 12), up_block_types=_list(_TEXT, 0, 12))
+
 def _unet_levels(
     full:dict,  # config.json with its defaults
     source,     # where it is from, for the message
@@ -148,11 +154,10 @@ def _unet_levels(
     widths, down, size = (full[k] for k in ('block_out_channels', 'down_block_types',
                                             'sample_size'))
     if isinstance(size, (list, tuple)) and len(set(size)) == 1: size = size[0]
-    if not isinstance(size, int):
+    if not _SIZE.ok(size):
         raise WeightsError(f"{source}: sample_size is {json.dumps(size)}, but must be "
                            "one whole number, the size of the images")
-    is_list = isinstance(widths, (list, tuple))
-    if not is_list or not widths or any(w % widths[0] for w in widths):
+    if not widths or any(w % widths[0] for w in widths):
         raise WeightsError(f"{source}: block_out_channels is {json.dumps(widths)}, "
                            "but must be multiples of the first of them")
     for name in down:
@@ -172,6 +177,7 @@ def _unet_args(
     "Arguments for the same network. WeightsError names a key that is not the paper's."
     full, why = _fill_in(cfg, _UNET_DEFAULTS, source), " in the paper's network"
     _require(cfg, full, _UNET_NEEDS, source, why)
+    _check_fields(source, full, _UNET_HOLDS)
     size, widths, down = _unet_levels(full, source)
     attn = [name.startswith('Attn') for name in down]
     c, ch, groups = full['in_channels'], widths[0], full['norm_num_groups']
@@ -240,6 +246,9 @@ _SCHEDULER_NEEDS = dict(
     _class_name=['DDPMScheduler'], clip_sample=[True], clip_sample_range=[1],
     thresholding=[False], steps_offset=[0], rescale_betas_zero_snr=[False],
     predict_epsilon=[True, None])
+_SCHEDULER_HOLDS = dict(
+    num_train_timesteps=_T, beta_start=_BETA, beta_end=_BETA, variance_type=_TEXT,
+    trained_betas=_or_null(_list(_BETA, 1, _MOST_STEPS)))
 _BETA_SCHEDULES = {'linear': linear_schedule, 'scaled_linear': quadratic_schedule}
 _PREDICTION_TYPES = {'epsilon': 'eps', 'sample': 'x0'}
 _VARIANCE_TYPES = {'fixed_large': 'beta', 'fixed_small': 'beta_tilde',
@@ -257,6 +266,7 @@ def _process_from_config(
 )->tuple[NoiseSchedule,str,str]:     # schedule, mean, variance
     "The process of a DDPMScheduler. WeightsError names a key that is not the paper's."
     full = _fill_in(cfg, _SCHEDULER_DEFAULTS, source)
+    _check_fields(source, full, _SCHEDULER_HOLDS)
     variance, betas = full['variance_type'], full['trained_betas']
     needs = _SCHEDULER_NEEDS | {'prediction_type': list(_PREDICTION_TYPES)}
     _require(cfg, full, needs, source)
@@ -329,7 +339,7 @@ def load_unet(
     if '_class_name' not in cfg:
         raise WeightsError(f"{source}: it does not say _class_name, "
                            "so diffusers did not write it")
-    try: model = OfficialUNet(**_unet_args(cfg, source))
+    try: args = _unet_args(cfg, source)
     except WeightsError: raise
     except _MISFITS as e: raise _bad_config(source, e) from e
     pickle = weights.with_suffix('.bin')                      # which is never opened
@@ -337,8 +347,8 @@ def load_unet(
     tensors = read_weights(pickle if only_pickle else weights)
     try: tensors = _from_diffusers_weights(tensors)
     except ValueError as e: raise WeightsError(f"{weights}: {e}") from e
-    load_weights(model, tensors, weights)
-    return model.eval().to(device)
+    model = _build_filled(lambda: OfficialUNet(**args), source, tensors, weights)
+    return model.to(device)
 
 def save_unet(
     model:UNet,    # counts t from 1; an `OfficialUNet` counts from 0

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .data import Batches, Dataset, load_dataset
 from .ddpm import DDPM, draw_samples
-from .files import read_log, write_whole
+from .files import WeightsError, read_log, write_whole
 from .machines import (any_process, join_processes, rank, size,
                                  sum_over_processes)
 from .noise import own_randomness
@@ -123,7 +123,8 @@ class RunFolder:
         row = dict(step=state.step, loss=loss, grad_norm=norm, lr=lr,
                    seconds=round(state.seconds, 3))
         if self.writes:
-            with open(self.log, 'a') as f: f.write(json.dumps(row)+'\n')
+            line = json.dumps(row, allow_nan=False)+'\n'
+            with open(self.log, 'a') as f: f.write(line)
         return loss
 
     def save(self,
@@ -289,7 +290,8 @@ def train(
     data:Dataset|None=None,  # None loads `cfg.dataset`
 )->DDPM:                     # with the averaged weights; also saved in `out`
     """Algorithm 1, with the optimizer of Appendix B, and with files. ValueError for a
-    folder or settings that do not fit, Interrupted when it was stopped and saved."""
+    folder or settings that do not fit, Interrupted when it was stopped and saved,
+    OSError for a file that cannot be written, with the way back."""
     join_processes()
     with own_randomness(torch.device(device)), _finish_step_first() as stop:
         data = data or load_dataset(cfg.dataset, cfg.size, cfg.channels)
@@ -301,10 +303,11 @@ def train(
             _check_folder(Path(out), resume, overwrite)
             state = TrainState(cfg, data, device)       # before anything is written
             run = RunFolder(out, resume, overwrite)
-            if resume: run.restore(state)
-            _loop(run, state, batches, stop, progress)
-            ddpm = state.averaged()
-            if run.writes: ddpm.save(out, state.step)
+            with _way_back(run, state):
+                if resume: run.restore(state)
+                _loop(run, state, batches, stop, progress)
+                ddpm = state.averaged()
+                if run.writes: ddpm.save(out, state.step)
             sum_over_processes(torch.zeros(1))    # nobody goes on before they are there
         return ddpm
 
@@ -342,6 +345,22 @@ def _loop(
         if stopping:
             raise Interrupted(f"stopped after step {state.step} of {cfg.steps}; "
                               f"to go on: {_resume_command(cfg, run.path)}")
+
+@contextmanager
+def _way_back(
+    run:RunFolder,    # where it is written down
+    state:TrainState, # how far it is
+):
+    "Let an OSError inside the block say at which step it came, and how to go on."
+    try: yield
+    except OSError as e:
+        again = _resume_command(state.cfg, run.path)
+        kept = "there is no checkpoint yet"
+        if run.saved_step:
+            kept = (f"the checkpoint of step {run.saved_step} is kept; "
+                    f"to go on when that is mended: {again}")
+        why = f"{e.strerror or e}, at step {state.step}; {kept}"
+        raise OSError(e.errno, why, str(e.filename or run.path)) from e
 
 def _resume_command(
     cfg:TrainConfig, # of the run
@@ -388,11 +407,14 @@ def _settings_of_run(
     dataset:str,   # what the user asked for
 )->TrainConfig:
     "The settings that a run began with. ValueError if it is on another dataset."
-    saved = checkpoint_header(out/'checkpoint.safetensors')['config']
+    file = out/'checkpoint.safetensors'
+    saved = checkpoint_header(file)['config']
     if saved['dataset'] != dataset:
         raise ValueError(f"{out} holds a run on {saved['dataset']}, not {dataset}")
     known = [f.name for f in fields(TrainConfig) if f.name in saved]
-    return TrainConfig(**{name: saved[name] for name in known})
+    try: return TrainConfig(**{name: saved[name] for name in known})
+    except (ConfigError, ArithmeticError, RuntimeError) as e:   # not the user's fault
+        raise WeightsError(f"{file}: damaged settings ({e})") from e
 
 def _restarted(
     out:Path,        # the run's folder

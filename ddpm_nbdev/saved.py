@@ -9,6 +9,7 @@ __all__ = ['ARCHITECTURES', 'save_model', 'checkpoint_header', 'read_checkpoint'
 import importlib
 import json
 import math
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
 
@@ -16,10 +17,15 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from .files import (WeightsError, load_weights, read_header, read_json, read_weights,
-                              write_json, write_whole)
-from .reverse import _check_mse
-from .schedule import SCHEDULES, NoiseSchedule, choose, describe_schedule
+from .files import (_FLAG, _OBJECT, _TEXT, WeightsError, _check_fields, _check_fit,
+                              _if_there, _list, _number, _one_of, _or_null, _parse_json,
+                              _whole, read_header, read_json, read_weights, write_json,
+                              write_whole)
+from .machines import _free_memory
+from .objective import OBJECTIVES
+from .reverse import MEANS, VARIANCES, _check_mse
+from .schedule import (_MOST_STEPS, SCHEDULES, NoiseSchedule, choose,
+                                 describe_schedule)
 
 # %% ../nbs/09b_saved.ipynb #e81290e0
 ARCHITECTURES = {   # networks that can be saved, and where they live
@@ -27,12 +33,23 @@ ARCHITECTURES = {   # networks that can be saved, and where they live
     'OfficialUNet': 'ddpm_nbdev.pretrained',
     'MLP': 'ddpm_nbdev.toy'}
 
-def _model_from_config(
+def _network(
     cfg:dict,  # {'name': a key of ARCHITECTURES, 'args': keyword arguments}
 ):             # the network, freshly initialized
-    "Build a network by name."
+    "Build a network by name, on whatever is the default device."
     module = importlib.import_module(choose(ARCHITECTURES, 'model', cfg['name']))
     return getattr(module, cfg['name'])(**cfg['args'])
+
+def _model_from_config(
+    cfg:dict,  # as for `_network`
+):             # the network, freshly initialized
+    "Build a network by name. ValueError if it needs more memory than there is."
+    with torch.device('meta'): shell = _network(cfg)       # shapes, but no memory
+    need, free = sum(p.nbytes for p in shell.parameters()), _free_memory()
+    if free is not None and need > free:
+        raise ValueError(f"a network of {need/1e9:.1f} GB, and {free/1e9:.1f} GB of "
+                         "memory are free: choose fewer channels or levels")
+    return _network(cfg)
 
 def _mse_to_config(
     mse:Tensor, # `(T+1,)`, entry 0 unused
@@ -69,18 +86,6 @@ def _describe_model(
             'schedule': describe_schedule(settings['sched']),
             'shape': list(settings['shape']), **plain}
 
-def _from_description(
-    cfg:dict,  # as made by `_describe_model`
-)->tuple:      # the network with fresh weights, its settings
-    "Build a model from its description."
-    if cfg['format'] != 1:
-        raise ValueError(f"it has format {cfg['format']}, this version reads format 1")
-    schedule = choose(SCHEDULES, 'schedule', cfg['schedule']['name'])
-    plain = {k: cfg[k] for k in ('shape', 'mean', 'variance', 'objective', 'levels')}
-    sched = schedule(**cfg['schedule']['args'])
-    if 'mse' in cfg: plain['mse'] = _mse_from_config(cfg['mse'], sched)
-    return _model_from_config(cfg['model']), {'sched': sched, **plain}
-
 def save_model(
     path:str|Path,      # a folder; it is made if missing
     model,              # a network that has `.config`
@@ -95,9 +100,56 @@ def save_model(
     write_whole(path/'model.safetensors', safetensors_bytes(weights, header))
     write_json(path/'config.json', cfg)
 
+# %% ../nbs/09b_saved.ipynb #e268c844
+_SIZE = _whole(1, 2**16)                           # of images, of layers
+_T = _whole(1, _MOST_STEPS)
+_BETA = _number(0, 1)
+_ENDS = {'T': _T, **_if_there({'beta_1': _BETA, 'beta_T': _BETA})}
+_SCHEDULE_ARGS = {'linear': _ENDS, 'quadratic': _ENDS,
+                  'constant': {'T': _T, **_if_there({'beta': _BETA})},
+                  'betas': {'betas': _list(_BETA, 1, _MOST_STEPS)}}
+_UNET_ARGS = _if_there(dict(
+    in_channels=_SIZE, out_channels=_or_null(_SIZE), ch=_SIZE,
+    ch_mult=_list(_whole(1, 256), 1, 12), num_res_blocks=_whole(1, 32),
+    attn_resolutions=_list(_SIZE, 0, 12), dropout=_number(0, 1), resolution=_SIZE,
+    groups=_SIZE, learned_variance=_FLAG))
+_MODEL_ARGS = {'UNet': _UNET_ARGS, 'OfficialUNet': _UNET_ARGS, 'MLP': _if_there(dict(
+    dim=_SIZE, hidden=_SIZE, out=_or_null(_SIZE), T=_whole(1, 2**31)))}
+_CONFIG = dict(
+    format=_whole(1, 1), model=dict(name=_TEXT, args=_OBJECT),
+    schedule=dict(name=_TEXT, args=_OBJECT), shape=_list(_SIZE, 1, 3),
+    mean=_one_of(*MEANS), variance=_one_of(*VARIANCES), objective=_one_of(*OBJECTIVES),
+    levels=_whole(2, 2**16))
+_MOST_PIXELS = 2**26                               # of an image, times its channels
+
+def _check_description(
+    cfg,     # anything that JSON can hold
+    source,  # where it is from, for the message
+):
+    "WeightsError unless this describes a model; nothing is built yet."
+    _check_fields(source, cfg, _CONFIG)
+    for what, table in (('model', _MODEL_ARGS), ('schedule', _SCHEDULE_ARGS)):
+        if kinds := table.get(cfg[what]['name']):
+            _check_fields(source, cfg[what]['args'], kinds, inside=f'{what}.args')
+    if math.prod(cfg['shape']) > _MOST_PIXELS:
+        raise WeightsError(f"{source}: not a usable configuration (shape is "
+                           f"{cfg['shape']}, but must have at most {_MOST_PIXELS} "
+                           "elements)")
+
+def _settings_from(
+    cfg:dict,  # that passed `_check_description`
+)->dict:       # sched, shape, mean, variance, objective, levels, perhaps mse
+    "The settings of a described model. ValueError if they do not fit together."
+    schedule = choose(SCHEDULES, 'schedule', cfg['schedule']['name'])
+    plain = {k: cfg[k] for k in ('shape', 'mean', 'variance', 'objective', 'levels')}
+    sched = schedule(**cfg['schedule']['args'])
+    if 'mse' in cfg: plain['mse'] = _mse_from_config(cfg['mse'], sched)
+    return {'sched': sched, **plain}
+
 # %% ../nbs/09b_saved.ipynb #01be984e
 _CHECKPOINT = 'ddpm_nbdev training 2'  # the kind of file, and its version
-_IN_HEADER = {'format', 'step', 'seconds', 'data', 'config', 'ddpm'}
+_HEADER = dict(config=dict(dataset=_TEXT), data=_list(_whole(), 2, 2), ddpm=_OBJECT,
+               seconds=_number(0), step=_whole())
 
 def checkpoint_header(
     path:str|Path, # written by a training run
@@ -110,12 +162,12 @@ def checkpoint_header(
                            "which drew its noise in another way; its "
                            "model.safetensors can still be used")
     if kind != json.dumps(_CHECKPOINT):
-        raise WeightsError(f"{path}: not a checkpoint of a training run")
-    try: header = {k: json.loads(v) for k, v in header.items()}
-    except (ValueError, RecursionError) as e:
+        raise WeightsError(f"{path}: not a checkpoint of a training run; another model "
+                           "is named by its folder")
+    try: header = {k: _parse_json(v) for k, v in header.items()}
+    except ValueError as e:
         raise WeightsError(f"{path}: a damaged header ({e})") from e
-    if missing := _IN_HEADER - header.keys():
-        raise WeightsError(f"{path}: a damaged header, it lacks {min(missing)}")
+    _check_fields(path, header, _HEADER)
     return header
 
 def read_checkpoint(
@@ -129,8 +181,11 @@ def read_checkpoint(
 def current_weights(
     path:str|Path, # a folder of a model or a run, or one checkpoint
 )->Path:           # a checkpoint or a model.safetensors
-    "The file with the current weights: the model's, or those of another step."
+    """The file with the current weights: the model's, or those of another step.
+    WeightsError for a file that holds none, such as a config.json."""
     path = Path(path)
+    if path.suffix in ('.json', '.jsonl', '.png') and path.is_file():
+        raise WeightsError(f"{path}: a model is named by its folder: {path.parent}")
     if path.is_file(): return path
     model, checkpoint = path/'model.safetensors', path/'checkpoint.safetensors'
     if not checkpoint.exists(): return model
@@ -141,6 +196,33 @@ def current_weights(
     if step is None: newer = checkpoint.stat().st_mtime > model.stat().st_mtime
     else: newer = step != now
     return checkpoint if newer else model
+
+# %% ../nbs/09b_saved.ipynb #5b20ec7f
+def _adam_state(
+    tensors:dict[str,Tensor], # of a checkpoint; those of weight i begin with adam.i.
+    weights:list,             # of the network, in order
+    updates:int,              # that the checkpoint says were made
+    path,                     # its name, for the message
+)->dict:                      # as in the optimizer's `state_dict()['state']`
+    "What Adam remembers, copied. WeightsError for what is missing or does not fit."
+    state, none = {}, not any(k.startswith('adam.') for k in tensors)
+    if none and not updates: return state                     # before the first update
+    for i, w in enumerate(weights):
+        found = state[i] = {}
+        count = torch.zeros((), dtype=torch.float32)
+        for k, like in (('step', count), ('exp_avg', w), ('exp_avg_sq', w)):
+            name = f'adam.{i}.{k}'
+            def refuse(is_, must): raise WeightsError(f"{path}: {name} {is_}, {must}")
+            need = f"{like.dtype} {tuple(like.shape)}"
+            if (v := tensors.get(name)) is None: refuse("is missing", f"needed: {need}")
+            if (v.shape, v.dtype) != (like.shape, like.dtype):
+                refuse(f"is {v.dtype} {tuple(v.shape)}", f"but must be {need}")
+            if k == 'step' and not (v >= 1 and v % 1 == 0):
+                refuse(f"is {v.item()}", "but must be a whole number, at least 1")
+            if k == 'exp_avg_sq' and (v < 0).any():
+                refuse("has negative elements", "but is an average of squares")
+            found[k] = torch.empty_like(like).copy_(v)
+    return state
 
 # %% ../nbs/09b_saved.ipynb #ffe12077
 _MISFITS = (ValueError, LookupError, TypeError, ArithmeticError, AttributeError,
@@ -153,6 +235,22 @@ def _bad_config(
     "One line about a configuration that makes no sense."
     reason = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]}"
     return WeightsError(f"{source}: not a usable configuration ({reason})")
+
+def _build_filled(
+    build:Callable,           # () -> the network, as its description says
+    source,                   # the description's name
+    weights:dict[str,Tensor], # name -> tensor
+    file,                     # where they are from
+):                            # the network with the weights, in eval mode
+    """Build a network on the device `meta`, where it takes no memory, compare it with
+    the weights, then build it again and fill it. WeightsError if they do not fit."""
+    try:
+        with torch.device('meta'): shell = build()
+    except _MISFITS as e: raise _bad_config(source, e) from e
+    _check_fit(shell, weights, file)
+    model = build()
+    model.load_state_dict(weights)
+    return model.eval()
 
 def load_model(
     path:str|Path,     # a folder of a model or a run, or one checkpoint
@@ -170,10 +268,12 @@ def load_model(
             raise WeightsError(f"{path}: no config.json there, "
                                "so this is not a saved model")
         description, tensors = read_json(source), None
-    try: model, settings = _from_description(description)
+    _check_description(description, source)
+    try: settings = _settings_from(description)
     except _MISFITS as e: raise _bad_config(source, e) from e
-    load_weights(model, read_weights(file) if tensors is None else tensors, file)
-    return model.eval(), settings
+    if tensors is None: tensors = read_weights(file)
+    build = lambda: _network(description['model'])
+    return _build_filled(build, source, tensors, file), settings
 
 def _shipped(
     name:str, # of a model that ships with the package, such as 'digits'

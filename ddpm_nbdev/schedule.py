@@ -71,13 +71,16 @@ class NoiseSchedule:
         return NoiseSchedule(*(table.to(device) for table in tables))
 
 # %% ../nbs/01_schedule.ipynb #e7ea9420
+_MOST_STEPS = 1_000_000   # the tables of a longer chain are the wish of a damaged file
+
 def _check_T(
     T,  # anything
 ):
-    "Raise a ValueError unless T is a whole number of steps, at least 1."
+    "Raise a ValueError unless T is a whole number of steps, 1 to a million."
     number = isinstance(T, (int, float)) and not isinstance(T, bool)
-    if not number or T < 1 or T % 1 != 0:
-        raise ValueError(f"T must be a whole number of steps, at least 1, got {T}")
+    if not number or not 1 <= T <= _MOST_STEPS or T % 1 != 0:
+        raise ValueError("T must be a whole number of steps, at least 1 and at most "
+                         f"{_MOST_STEPS}, got {T}")
 
 def linear_schedule(
     T:int=1000,        # number of steps

@@ -30,8 +30,8 @@ from .machines import (PRECISIONS, Autocast, fast_layout, rank, size,
 from .noise import indexed_noise, indexed_uniform, subseed
 from .objective import OBJECTIVES
 from .reverse import MEANS, VARIANCES
-from .saved import (ARCHITECTURES, _CHECKPOINT, _model_from_config, _describe_model,
-                              load_model, read_checkpoint)
+from .saved import (ARCHITECTURES, _CHECKPOINT, _adam_state, _describe_model,
+                              _model_from_config, load_model, read_checkpoint)
 from .schedule import SCHEDULES
 
 # %% ../nbs/13_train.ipynb #c696167b
@@ -411,7 +411,7 @@ class TrainState:
         header = {'format': _CHECKPOINT, 'step': self.step, 'seconds': self.seconds,
                   'data': self.data, 'config': asdict(self.cfg),
                   'ddpm': _describe_model(self.model, self.ddpm.settings)}
-        text = {k: json.dumps(v) for k, v in header.items()}
+        text = {k: json.dumps(v, allow_nan=False) for k, v in header.items()}
         write_whole(path, safetensors.torch.save(self.tensors(), text))
 
     def not_finite(self)->str|None:
@@ -427,12 +427,9 @@ class TrainState:
         def part(name):
             n = len(name)+1
             return {k[n:]: v for k, v in tensors.items() if k.startswith(f'{name}.')}
-        def like(p, v):                       # in the memory layout of the weight
-            return torch.empty_like(p).copy_(v) if v.shape == p.shape else v
+        adam = _adam_state(tensors, list(self.model.parameters()), header['step'], path)
         load_weights(self.model, part('model'), path)
         load_weights(self.ema.model, part('ema'), path)
-        adam = {i: {k: like(p, v) for k, v in part(f'adam.{i}').items()}
-                for i, p in enumerate(self.model.parameters())}
         groups = self.opt.state_dict()['param_groups']
         self.opt.load_state_dict({'state': adam, 'param_groups': groups})
         self.step = self.ema.n = header['step']
