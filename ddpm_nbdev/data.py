@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from .decoder import to_model_range
-from .formats import (read_cifar10, read_fashion_mnist, read_folder,
-                                read_lsun)
+from .formats import read_cifar10, read_fashion_mnist, read_lsun
 from .machines import to_device
 from .noise import indexed_uniform
+from .pictures import read_folder
 
 # %% ../nbs/12_data.ipynb #a5894cd3
 @dataclass(frozen=True, eq=False)

@@ -23,8 +23,9 @@ from PIL import Image
 import ddpm_nbdev
 from ddpm_nbdev import formats, machines
 from ddpm_nbdev.data import DATASETS, Batches, Dataset, _coins, _mirror, batch_indices, epoch_order, load_dataset
-from ddpm_nbdev.formats import SOURCES, _Progress, _split_images, fetch, read_image
+from ddpm_nbdev.formats import SOURCES, _Progress, fetch, read_image
 from ddpm_nbdev.machines import _free_memory
+from ddpm_nbdev.pictures import _split_images
 
 HOME = Path(ddpm_nbdev.__file__).parent
 
