@@ -75,24 +75,50 @@ def _read_head(path:Path)->tuple[int,bool]: # shorter side in pixels; is it gray
     with Image.open(path, formats=('PNG', 'JPEG')) as im:
         return min(im.size), _is_gray(im)
 
+def _eight_bits(im:Image.Image)->tuple[Image.Image,Image.Image|None]: # and its alpha
+    "An image of 16 bits per pixel with its upper eight; alpha only if it has any."
+    values, hidden = np.asarray(im), im.info.get('transparency')
+    alpha = None if hidden is None else Image.fromarray(
+        np.where(values == hidden, 0, 255).astype(np.uint8))
+    return Image.fromarray((values//256).astype(np.uint8)), alpha
+
+def _on_white(im:Image.Image)->tuple[Image.Image,bool]: # is anything transparent?
+    "The image as on white paper, without a transparency channel."
+    alpha = None
+    if im.mode.startswith('I'): im, alpha = _eight_bits(im)
+    elif im.has_transparency_data:
+        im = im.convert('RGBA')                      # a palette's and a color's as well
+        alpha = im.getchannel('A')
+    if alpha is None: return im, False
+    im = im.convert('RGB')
+    if alpha.getextrema()[0] == 255: return im, False
+    return Image.composite(im, Image.new('RGB', im.size, 'white'), alpha), True
+
+def _read_square(
+    path:Path,    # an image file, or a file object
+    size:int,     # side of the result
+    channels:int, # 1 or 3
+    formats:tuple[str,...]=('PNG', 'JPEG'), # no others, whatever the file is called
+)->tuple[np.ndarray,bool]: # as `read_image`; is anything in the square transparent?
+    "The middle square of an image, resized, as on white paper."
+    with Image.open(path, formats=formats) as im:
+        im = ImageOps.exif_transpose(im)
+        side, (w, h) = min(im.size), im.size
+        left, top = (w-side)//2, (h-side)//2
+        im, shines = _on_white(im.crop((left, top, left+side, top+side)))
+        im = im.convert('L' if channels == 1 else 'RGB')
+        im = im.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(im).reshape(size, size, channels)
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)), shines
+
 def read_image(
     path:Path,    # an image file, or a file object
     size:int,     # side of the result
     channels:int, # 1 or 3
     formats:tuple[str,...]=('PNG', 'JPEG'), # no others, whatever the file is called
 )->np.ndarray:    # uint8 `(channels, size, size)`
-    "The middle square of an image, resized."
-    with Image.open(path, formats=formats) as im:
-        im = ImageOps.exif_transpose(im)
-        if im.mode.startswith('I'):                           # 16 bits per pixel
-            im = Image.fromarray((np.asarray(im)//256).astype(np.uint8))
-        im = im.convert('L' if channels == 1 else 'RGB')
-        side, (w, h) = min(im.size), im.size
-        left, top = (w-side)//2, (h-side)//2
-        im = im.crop((left, top, left+side, top+side))
-        im = im.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(im).reshape(size, size, channels)
-    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
+    "The middle square of an image, resized; what is transparent is white."
+    return _read_square(path, size, channels, formats)[0]
 
 # %% ../nbs/11b_formats.ipynb #9d8a24d1
 def _read_all(

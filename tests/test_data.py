@@ -101,9 +101,44 @@ def test_modes_come_back_exactly(mode, shape, gray, tmp_path):
     x = pixels(*shape)
     for i in range(3): save(tmp_path, f"{i}.png", x)
     d = load_folder(tmp_path, size=10)
-    want = x[None] if mode == "L" else x[..., :1].transpose(2, 0, 1) if mode == "LA" else x[..., :3].transpose(2, 0, 1)
+    want = on_white(x) if mode in ("RGBA", "LA") else x[None] if gray else x.transpose(2, 0, 1)
     assert d.shape == ((1 if gray else 3), 10, 10)
-    np.testing.assert_array_equal(d.train[0].numpy(), want)
+    assert abs(d.train[0].numpy().astype(int) - want).max() <= (mode in ("RGBA", "LA"))
+
+
+def on_white(x):
+    "What a viewer shows of `(h, w, c + 1)` bytes with a last channel of opacity."
+    a = x[..., -1:]/255
+    return np.round(x[..., :-1]*a + 255*(1-a)).transpose(2, 0, 1)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    "Drawings in black on nothing, and hidden colors, whichever way a file says what is transparent."
+    shape = np.zeros((8, 8), bool)
+    shape[2:6, 3:5] = True
+    want = np.where(shape, 0, 255)
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[..., 3] = 255*shape
+    save(tmp_path, "black.png", rgba)
+    rgba[..., :3] = np.where(shape, 0, pixels(8, 8))[..., None]
+    save(tmp_path, "hidden.png", rgba)
+    save(tmp_path, "la.png", rgba[..., 2:])
+    index = Image.fromarray(shape.astype(np.uint8)).convert("P")
+    index.putpalette([255, 0, 0, 0, 0, 0])
+    index.save(tmp_path/"palette.png", transparency=0)
+    Image.fromarray(np.where(shape, 0, 77).astype(np.uint8)).save(tmp_path/"gray key.png", transparency=77)
+    Image.fromarray(np.where(shape, 0, 7777).astype(np.uint16)).save(tmp_path/"16 bits.png", transparency=7777)
+    Image.fromarray(np.stack([np.where(shape, 0, v).astype(np.uint8) for v in (9, 8, 7)], -1)).save(tmp_path/"color key.png", transparency=(9, 8, 7))
+    for path in tmp_path.iterdir():
+        for c in (1, 3): np.testing.assert_array_equal(read_image(path, 8, c), np.stack([want]*c), err_msg=path.name)
+
+
+def test_no_hidden_color_seeps_through_the_resizing(tmp_path):
+    x = np.zeros((64, 64, 4), np.uint8)
+    x[..., 0], x[::2, ::2, 3] = 255*(np.indices((64, 64)).sum(0) % 2), 255          # red only where nothing is seen
+    save(tmp_path, "a.png", x)
+    y = read_image(tmp_path/"a.png", 8, 3).astype(int)
+    assert abs(y - 255*3/4).max() <= 6 and np.ptp(y, axis=0).max() == 0
 
 
 def test_sixteen_bits_one_bit_and_palette(tmp_path):
