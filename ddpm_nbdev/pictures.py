@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import _hold_out, _read_all, _read_head, read_image
+from .formats import _hold_out, _read_all
+from .images import _FORMATS, _open_image, read_image
 from .machines import check_memory
 
 # %% ../nbs/11c_pictures.ipynb #1542d66b
-# Pictures that are not read.
-_OTHERS = '.webp .heic .heif .avif .gif .bmp .tif .tiff .jfif'.split()
+_READ = '.png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif'.split()
+_OTHERS = '.heic .heif .avif .jxl .jp2 .svg .psd'.split()   # pictures, but not read
 
 def _files_of(
     folder:Path,            # an existing folder
@@ -38,11 +39,11 @@ def _left_out(folder:Path)->str: # '' if there are none
     return ', '.join(f"{n} {ending}" for ending, n in sorted(found.items()))
 
 def _list_images(folder:Path)->list[Path]: # sorted
-    "PNG and JPEG files in a folder and its subfolders; an error if there are none."
-    found = _files_of(folder, ['.png', '.jpg', '.jpeg'])
+    "The pictures in a folder and its subfolders; an error if there are none."
+    found = _files_of(folder, _READ)
     if not found:
         more = f"; not read: {others}" if (others := _left_out(folder)) else ''
-        raise ValueError(f"no PNG or JPEG files in {folder}{more}")
+        raise ValueError(f"no pictures in {folder}{more}")
     return found
 
 # %% ../nbs/11c_pictures.ipynb #bec67a05
@@ -59,6 +60,11 @@ def _split_images(folder:Path)->tuple[list[Path],list[Path]]: # to train on, to 
             [p for p, t in zip(found, test) if t])
 
 # %% ../nbs/11c_pictures.ipynb #24b593c1
+def _read_head(path:Path)->tuple[int,bool]: # shorter side in pixels; is it gray?
+    "What the first bytes of an image say about it."
+    with _open_image(path, _FORMATS) as im:
+        return min(im.size), im.mode in ('1', 'L', 'LA') or im.mode.startswith('I')
+
 def _read_heads(found:list[Path])->tuple[list[int],list[bool]]: # as `_read_head`
     "What the heads of the files say; if one is no image, an error names all bad files."
     try: return zip(*_read_all(_read_head, found))
@@ -71,7 +77,7 @@ def read_folder(
     size:int|None=None,     # side in pixels; None: the smallest image's, at most 32
     channels:int|None=None, # 1 or 3; None: 1 if all images are gray
 )->tuple[Tensor,Tensor]:    # training and test images, uint8 `(n, c, size, size)`
-    """PNG and JPEG images from a folder, cropped to the middle square and resized;
+    """The pictures of a folder, cropped to the middle square and resized;
     without `size`, the smallest image's side is rounded down to a multiple of 4.
     ValueError names what cannot be read."""
     folder = Path(path).expanduser()
@@ -79,8 +85,8 @@ def read_folder(
     train, test = _split_images(folder)
     others = _left_out(folder)
     if others and os.environ.get('RANK', '0') == '0':
-        print(f"note: not read in {folder}: {others} (only .png, .jpg and .jpeg files "
-              "are: convert them first)", file=sys.stderr, flush=True)
+        print(f"note: not read in {folder}: {others} (convert them to PNG or JPEG "
+              "first)", file=sys.stderr, flush=True)
     found, name = train+test, f'folder:{path}'
     sides, gray = _read_heads(found)
     if size is None and min(sides) < 4:

@@ -288,7 +288,7 @@ def test_bad_folders(call, here, pictures):
     failed(call(ddpm_train, "folder:nowhere"), 1, "no such folder: nowhere")
     failed(call(ddpm_train, "folder:"), 1, "needs a path")
     (here/"empty").mkdir()
-    failed(call(ddpm_train, "folder:empty"), 1, "no PNG or JPEG files in empty")
+    failed(call(ddpm_train, "folder:empty"), 1, "no pictures in empty")
     (pictures/"3.png").write_bytes((pictures/"3.png").read_bytes()[:100])
     (pictures/"bad.jpg").write_text("no image")
     failed(call(ddpm_train, "folder:pictures", *QUICK), 1, "3.png", "bad.jpg", "2 of 13 images cannot be read")

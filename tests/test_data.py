@@ -11,6 +11,8 @@ import sys
 import tarfile
 import threading
 import time
+import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -23,7 +25,8 @@ from PIL import Image
 import ddpm_nbdev
 from ddpm_nbdev import formats, machines
 from ddpm_nbdev.data import DATASETS, Batches, Dataset, _coins, _mirror, batch_indices, epoch_order, load_dataset
-from ddpm_nbdev.formats import SOURCES, _Progress, fetch, read_image
+from ddpm_nbdev.formats import SOURCES, _Progress, fetch
+from ddpm_nbdev.images import read_image
 from ddpm_nbdev.machines import _free_memory
 from ddpm_nbdev.pictures import _split_images
 
@@ -215,17 +218,17 @@ def test_other_formats_are_named(tmp_path, capsys, monkeypatch):
     for i in range(4): save(tmp_path, f"{i}.png", pixels(8, 8))
     load_folder(tmp_path)
     assert capsys.readouterr().err == ""
-    for name in ("a.HEIC", "b.heic", "sub/c.webp", ".hidden/d.gif", "notes.txt"):
+    for name in ("a.HEIC", "b.heic", "sub/c.avif", ".hidden/d.gif", "notes.txt"):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).write_bytes(b"")
     d = load_folder(tmp_path)
     assert len(d.train) + len(d.test) == 4
-    assert capsys.readouterr().err == f"note: not read in {tmp_path}: 2 .heic, 1 .webp (only .png, .jpg and .jpeg files are: convert them first)\n"
+    assert capsys.readouterr().err == f"note: not read in {tmp_path}: 1 .avif, 2 .heic (convert them to PNG or JPEG first)\n"
     monkeypatch.setenv("RANK", "1")                                # of several processes one speaks
     load_folder(tmp_path)
     assert capsys.readouterr().err == ""
     for i in range(4): (tmp_path/f"{i}.png").unlink()
-    with pytest.raises(ValueError, match="no PNG or JPEG files in .*; not read: 2 .heic, 1 .webp$"): load_folder(tmp_path)
+    with pytest.raises(ValueError, match="no pictures in .*; not read: 1 .avif, 2 .heic$"): load_folder(tmp_path)
 
 
 def test_train_and_test_folders_are_respected(tmp_path):
@@ -234,7 +237,7 @@ def test_train_and_test_folders_are_respected(tmp_path):
     d = load_folder(tmp_path)
     assert (d.train[:, 0, 0, 0].tolist(), d.test[:, 0, 0, 0].tolist()) == ([0, 1, 2, 3, 4], [100, 101])
     for p in (tmp_path/"test").iterdir(): p.unlink()
-    with pytest.raises(ValueError, match="no PNG or JPEG files in .*test"): load_folder(tmp_path)
+    with pytest.raises(ValueError, match="no pictures in .*test"): load_folder(tmp_path)
 
 
 def test_held_out_tenth(tmp_path):
@@ -263,7 +266,70 @@ def test_corrupt_files_are_named(tmp_path):
     assert str(e.value).startswith("4 of 7 images cannot be read: ") and "\n" not in str(e.value)
     for name in ("cut.png", "text.jpg", "empty.png", "script.png"): assert name in str(e.value)
     for i in range(9): (tmp_path/f"bad{i}.png").touch()
-    with pytest.raises(ValueError, match="13 of 16 images.* and 8 more"): load_folder(tmp_path)
+    with pytest.raises(ValueError, match="13 of 16 images") as e: load_folder(tmp_path)
+    for path in tmp_path.iterdir(): assert (path in good) != (str(path) in str(e.value))                # all of them
+    for said in ("empty.png (an empty file)", "text.jpg (in an unknown format)", "script.png (PostScript in spite of its name)"): assert said in str(e.value)
+    for i in range(9, 30): (tmp_path/f"bad{i}.png").touch()
+    with pytest.raises(ValueError, match="34 of 37 images.* and 14 more$"): load_folder(tmp_path)
+
+
+HEADS = [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer: run git lfs pull"), (b"\n<!DOCTYPE HTML><html>", "a web page in spite of its name"),
+         (b"\0\0\0\x1cftypheic\0\0", "a HEIC in spite of its name"), (b"\0\0\0 ftypavif", "an AVIF in spite of its name"), (b"\0\0\0 ftypisom", "a video in spite of its name"),
+         (b"%PDF-1.7", "a PDF in spite of its name"), (b"PK\3\4", "a ZIP archive in spite of its name"), (b"\x89PNG\r\n\x1a\nxx", "a PNG with a damaged head"), (b"", "an empty file")]
+
+
+@pytest.mark.parametrize("head, said", HEADS)
+def test_it_says_what_a_file_really_is(head, said, tmp_path):
+    for i in range(2): save(tmp_path, f"{i}.png", pixels(8, 8))
+    (tmp_path/"x.jpg").write_bytes(head)
+    one_line(lambda: load_folder(tmp_path), f"1 of 3 images cannot be read: {tmp_path}/x.jpg ({said})")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_formats_by_content(kind, wrong, tmp_path):
+    "Under its own name and under one that is wrong, the picture comes back; of those that move, the first."
+    x, path = pixels(8, 8)//2, tmp_path/("x.jpg" if wrong else f"x.{kind.lower()}")
+    more = dict(append_images=[Image.new("L", (8, 8))], save_all=True) if kind in ("GIF", "WEBP") else {}
+    Image.fromarray(x).save(path, kind, **more, **(dict(lossless=True) if kind == "WEBP" else {}))
+    np.testing.assert_array_equal(read_image(path, 8, 1)[0], x)
+
+
+def test_bombs_are_not_decoded(tmp_path):
+    "By the head alone, so six of them take no memory; Pillow's own limit lies higher, and its message is another."
+    for i in range(2): Image.new("1", (8001, 10000)).save(tmp_path/f"{i}.png")
+    for i in range(2): Image.new("1", (9500, 9500)).save(tmp_path/f"warned {i}.png")
+    big = (tmp_path/"0.png").read_bytes()
+    (tmp_path/"huge.png").write_bytes(big[:16] + struct.pack(">II", 60000, 60000) + big[24:29] + struct.pack(">I", zlib.crc32(big[12:16] + struct.pack(">II", 60000, 60000) + big[24:29])) + big[33:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_line(lambda: load_folder(tmp_path), "5 of 5 images", "8001x10000 pixels, more than the 80 million that are read", "3600000000 pixels, more than the 80 million")
+
+
+def test_a_broken_tag_does_not_hide_the_turn(tmp_path):
+    "A resolution that is no rational, and one that is cut off, which Pillow cannot write back."
+    x = np.zeros((16, 16), np.uint8)
+    x[:8] = 255
+    turn, broken = struct.pack("<HHIHH", 0x0112, 3, 1, 3, 0), struct.pack("<HHII", 0x011A, 7, 8, 38)
+    good = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turn + broken + struct.pack("<I", 0) + bytes(8)
+    for name, tags in (("a", good), ("b", good[:-8])): save(tmp_path, f"turned/{name}.jpg", x, exif=tags)
+    for name in "ab": save(tmp_path, f"nonsense/{name}.jpg", x, exif=b"Exif\0\0II*\0\xff\xff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        turned, plain = (load_folder(tmp_path/name) for name in ("turned", "nonsense"))
+    for y in (turned.train[0, 0], turned.test[0, 0]): assert y[12:].min() > 240 and y[:4].max() < 15
+    for y in (plain.train[0, 0], plain.test[0, 0]): assert y[:4].min() > 240          # no turn that can be read: none
+
+
+def test_pixels_of_more_than_16_bits_are_refused(tmp_path):
+    for i, a in enumerate((np.full((8, 8), 2**20, np.int32), np.full((8, 8), .5, np.float32))): save(tmp_path, f"{i}.tiff", a)
+    one_line(lambda: load_folder(tmp_path, size=8), "0.tiff (more than 16 bits per pixel: save it with 8 or 16)", "1.tiff (pixels that are fractions: save it with 8 bits)")
+
+
+def test_any_error_names_its_file(tmp_path, monkeypatch):
+    for i in range(2): save(tmp_path, f"{i}.png", pixels(8, 8))
+    monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: 1/0)
+    one_line(lambda: load_folder(tmp_path, size=4), "0.png", "1.png", "(division by zero)")
 
 
 # ---- batches
