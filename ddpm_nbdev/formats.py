@@ -234,9 +234,27 @@ def _parse_idx(
     shape = np.frombuffer(raw, '>u4', ndim, 4).tolist()      # highest byte first
     if 0 in shape or len(raw) != head+math.prod(shape):
         promised = 'x'.join(map(str, shape))
-        raise ValueError(f"{where} has {len(raw)-head} values, not the {promised} "
+        more = ' or more' if len(raw) > head+math.prod(shape) else ''
+        raise ValueError(f"{where} has {len(raw)-head} values{more}, not the {promised} "
                          "that it promises: cut off, or damaged")
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
+
+def _read_idx(
+    path:Path, # may be compressed
+    ndim:int,  # how many axes it must have
+)->np.ndarray: # uint8, with `ndim` axes
+    "The array in an IDX file, of which no more is unpacked than it promises."
+    most, head = 10**9, 4+4*ndim
+    try:
+        with gzip.open(path) if path.suffix == '.gz' else path.open('rb') as f:
+            raw = f.read(head)
+            axes = ndim if len(raw) == head else 0
+            promised = math.prod(np.frombuffer(raw, '>u4', axes, 4*(axes > 0)).tolist())
+            raw += f.read(min(promised, most)+1)     # a byte more shows what is too long
+    except (OSError, EOFError, zlib.error) as e:
+        raise ValueError(f"{path} is damaged: {e}") from e
+    if len(raw) > head+most: raise ValueError(f"{path} holds more than 1 GB: too large")
+    return _parse_idx(raw, path, ndim)
 
 def _find_fashion_mnist(data_dir:str|Path|None)->dict[str,Path]: # by names in SOURCES
     "Where the four files are; raises ValueError if they cannot be had."
@@ -262,12 +280,7 @@ def read_fashion_mnist(
     Raises ValueError if the files are missing or damaged."""
     found, arrays = _find_fashion_mnist(data_dir), {}
     for f, p in found.items():
-        try:
-            raw = p.read_bytes()
-            if p.suffix == '.gz': raw = gzip.decompress(raw)
-        except (OSError, EOFError, zlib.error) as e:
-            raise ValueError(f"{p} is damaged: {e}") from e
-        a = arrays[f] = _parse_idx(raw, p, 3 if 'images' in f else 1)
+        a = arrays[f] = _read_idx(p, 3 if 'images' in f else 1)
         if 'images' in f and a.shape[1:] != (28, 28): raise ValueError(
             f"the images in {p} are {a.shape[1]}x{a.shape[2]}, not 28x28")
         if 'labels' in f and a.max() > 9: raise ValueError(

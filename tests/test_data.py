@@ -11,6 +11,7 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
 import warnings
 import zlib
 from collections import Counter
@@ -767,6 +768,20 @@ def test_broken_gzip(tmp_path, no_network):
     for bad in (good[:100], good[:-1], b"text", good[:-8]+bytes(8), good[:50]+bytes(50)+good[100:]):
         (tmp_path/f"{IMAGES}.gz").write_bytes(bad)
         one_line(lambda: load_dataset("fashion_mnist", data_dir=tmp_path), f"{IMAGES}.gz is damaged")
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path, no_network):
+    "A quarter of a gigabyte of zeros behind a head that promises 30 images, or more than anyone has."
+    for n, a in fashion_files().items(): (tmp_path/(n+".gz")).write_bytes(gzip.compress(idx(a)))
+    for shape, said in (((30, 28, 28), "has 23521 values or more, not the 30x28x28"), ((2**31, 28, 28), "not the 2147483648x28x28")):
+        packer = zlib.compressobj(9, wbits=31)
+        bomb = packer.compress(struct.pack(">HBB3I", 0, 8, 3, *shape)) + b"".join(packer.compress(bytes(2**24)) for _ in range(16)) + packer.flush()
+        (tmp_path/f"{IMAGES}.gz").write_bytes(bomb)
+        tracemalloc.start()
+        one_line(lambda: load_dataset("fashion_mnist", data_dir=tmp_path), said)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < (2**22 if shape[0] == 30 else 2**31)
 
 
 # ---- LSUN
