@@ -88,21 +88,20 @@ def _read_all(
             done.append(result)
             if label: progress.update(1)
     progress.close()
-    _refuse([e for _, e in done if e], len(paths))
+    bad = [e for _, e in done if e]
+    if bad: raise ValueError(
+        f"{len(bad)} of {len(paths)} images cannot be read: {_named(bad)}")
     return [r for r, _ in done]
 
-def _refuse(
+def _named(
     bad:list[tuple[str,str]], # reasons and names
-    n:int,                    # of so many images
     most:int=20,              # that are named
-):
-    "One error for all bad files, those with one reason together; nothing if none is."
-    if not bad: return
+)->str:
+    "The names of bad files, those with one reason together."
     groups = {}
-    for reason, named in bad[:most]: groups.setdefault(reason, []).append(named)
-    said = ', '.join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
-    more = f" and {len(bad)-most} more" if len(bad) > most else ""
-    raise ValueError(f"{len(bad)} of {n} images cannot be read: {said}{more}")
+    for reason, name in bad[:most]: groups.setdefault(reason, []).append(name)
+    said = ', '.join(f"{', '.join(names)} ({why})" for why, names in groups.items())
+    return said + (f" and {len(bad)-most} more" if len(bad) > most else "")
 
 # %% ../nbs/11b_formats.ipynb #f32e917c
 def _hold_out(names:list[bytes])->np.ndarray: # `(n,)` bool
@@ -235,8 +234,8 @@ def _parse_idx(
     if 0 in shape or len(raw) != head+math.prod(shape):
         promised = 'x'.join(map(str, shape))
         more = ' or more' if len(raw) > head+math.prod(shape) else ''
-        raise ValueError(f"{where} has {len(raw)-head} values{more}, not the {promised} "
-                         "that it promises: cut off, or damaged")
+        raise ValueError(f"{where} has {len(raw)-head} values{more}, not the "
+                         f"{promised} that it promises: cut off, or damaged")
     return np.frombuffer(raw, np.uint8, offset=head).reshape(shape)
 
 def _read_idx(
@@ -250,7 +249,7 @@ def _read_idx(
             raw = f.read(head)
             axes = ndim if len(raw) == head else 0
             promised = math.prod(np.frombuffer(raw, '>u4', axes, 4*(axes > 0)).tolist())
-            raw += f.read(min(promised, most)+1)     # a byte more shows what is too long
+            raw += f.read(min(promised, most)+1)   # one more shows what is too long
     except (OSError, EOFError, zlib.error) as e:
         raise ValueError(f"{path} is damaged: {e}") from e
     if len(raw) > head+most: raise ValueError(f"{path} holds more than 1 GB: too large")

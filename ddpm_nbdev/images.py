@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['read_image']
 
-# %% ../nbs/00b_images.ipynb #846633a1
+# %% ../nbs/00b_images.ipynb #72f9aad3
 import math
 import re
 import threading
@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-# %% ../nbs/00b_images.ipynb #668c7167
+# %% ../nbs/00b_images.ipynb #a3714c83
 _FORMATS = 'PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF', 'GIF'
 _MOST, _MANY = 80_000_000, 25_000_000  # pixels: of an image; of one that is read alone
 _ALONE = threading.Lock()
@@ -63,7 +63,7 @@ def _open_image(
         raise ValueError(f"{im.width}x{im.height} pixels, {most}")
     return im
 
-# %% ../nbs/00b_images.ipynb #5f9138bd
+# %% ../nbs/00b_images.ipynb #b9eff7d9
 _TURNS = dict(zip(range(2, 9), (Image.Transpose[n] for n in (
     'FLIP_LEFT_RIGHT', 'ROTATE_180', 'FLIP_TOP_BOTTOM', 'TRANSPOSE', 'ROTATE_270',
     'TRANSVERSE', 'ROTATE_90'))))
@@ -87,7 +87,8 @@ def _eight_bits(im:Image.Image)->tuple[Image.Image,Image.Image|None]: # and its 
 def _on_white(im:Image.Image)->tuple[Image.Image,bool]: # is anything transparent?
     "The image as on white paper, without a transparency channel."
     alpha = None
-    if im.mode == 'F': raise ValueError("pixels that are fractions: save it with 8 bits")
+    if im.mode == 'F':
+        raise ValueError("pixels that are fractions: save it with 8 bits")
     if im.mode.startswith('I'): im, alpha = _eight_bits(im)
     elif im.has_transparency_data:
         im = im.convert('RGBA')                      # a palette's and a color's as well

@@ -11,53 +11,128 @@ import sys
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import _hold_out, _read_all
+from .formats import _hold_out, _named, _read_all
 from .images import _FORMATS, _open_image, read_image
 from .machines import check_memory
 
 # %% ../nbs/11c_pictures.ipynb #1542d66b
 _READ = '.png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif'.split()
 _OTHERS = '.heic .heif .avif .jxl .jp2 .svg .psd'.split()   # pictures, but not read
+_RUN = {'checkpoint.safetensors', 'model.safetensors', 'log.jsonl'}
 
-def _files_of(
-    folder:Path,            # an existing folder
-    endings:list[str],      # such as '.png'; capitals count as small letters
-)->list[Path]:              # sorted
-    "Files with these endings in a folder and its subfolders, but for the hidden ones."
-    def hidden(p): return any(d.startswith('.') for d in p.relative_to(folder).parts)
-    return sorted(p for p in folder.rglob('*')
-                  if p.suffix.lower() in endings and p.is_file() and not hidden(p))
+class _Below(NamedTuple):
+    "What lies below a folder."
+    files:list[Path]         # pictures
+    others:Counter           # endings of pictures in formats that are not read
+    runs:list[Path]          # folders that hold a run
+    bad:list[tuple[str,str]] # why something cannot be opened, and its name
 
-def _left_out(folder:Path)->str: # '' if there are none
-    "How many pictures in formats that are not read there are."
-    found = Counter(p.suffix.lower() for p in _files_of(folder, _OTHERS))
-    return ', '.join(f"{n} {ending}" for ending, n in sorted(found.items()))
+def _shown(path:str|Path)->str:
+    "A path as it can be printed in one line, whatever bytes its name has."
+    return ''.join(c if c.isprintable() else '\ufffd' for c in str(path))
 
-def _list_images(folder:Path)->list[Path]: # sorted
-    "The pictures in a folder and its subfolders; an error if there are none."
-    found = _files_of(folder, _READ)
-    if not found:
-        more = f"; not read: {others}" if (others := _left_out(folder)) else ''
-        raise ValueError(f"no pictures in {folder}{more}")
+def _sort_in(found:_Below, entry:os.DirEntry, folders:list[Path], links:list[Path]):
+    "Put one thing that lies in a folder where it belongs."
+    p = Path(entry.path)
+    ending, nowhere = p.suffix.lower(), not os.path.exists(p)
+    if nowhere and ending in ('', *_READ):
+        found.bad.append(("a link to nothing", _shown(p)))
+    elif entry.is_dir(): (links if entry.is_symlink() else folders).append(p)
+    elif ending in _READ and entry.is_file(): found.files.append(p)
+    elif ending in _OTHERS: found.others[ending] += 1
+
+def _walk(folder:Path)->_Below: # files sorted
+    "What lies below a folder, but for what is hidden; links last, nothing twice."
+    found, folders, links = _Below([], Counter(), [], []), [folder], []
+    entered = set()
+    while folders or links:
+        links.sort()
+        here = folders.pop() if folders else links.pop(0)
+        if (real := os.path.realpath(here)) in entered: continue
+        entered.add(real)
+        try: entries = [e for e in os.scandir(here) if not e.name.startswith('.')]
+        except OSError as e:
+            found.bad.append((e.strerror, _shown(here)))
+            continue
+        if _RUN & {e.name for e in entries}: found.runs.append(here)
+        else:
+            for e in entries: _sort_in(found, e, folders, links)
+    found.files.sort()
     return found
 
-# %% ../nbs/11c_pictures.ipynb #bec67a05
-def _split_images(folder:Path)->tuple[list[Path],list[Path]]: # to train on, to test on
-    "Subfolders train and test if both are there; else a tenth is held out, by name."
-    if (folder/'train').is_dir() and (folder/'test').is_dir():
-        return _list_images(folder/'train'), _list_images(folder/'test')
-    found = _list_images(folder)
-    if len(found) < 2:
-        raise ValueError(f"only one image in {folder}: at least two are needed, "
-                         "one to train on and one to test")
-    test = _hold_out([p.relative_to(folder).as_posix().encode() for p in found])
-    return ([p for p, t in zip(found, test) if not t],
-            [p for p, t in zip(found, test) if t])
+def _not_read(folder:Path, found:_Below)->list[str]:
+    "What else there is, and why it is not read."
+    said = [f"{_shown(d.relative_to(folder))} (a run: its pictures are samples)"
+            if d != folder else "a run's own pictures" for d in sorted(found.runs)]
+    others = ', '.join(f"{n} {ending}" for ending, n in sorted(found.others.items()))
+    return said + [f"{others} (convert them to PNG or JPEG first)"]*bool(others)
+
+def _list_images(folder:Path)->_Below:
+    "The pictures below a folder; ValueError if there are none, or something is shut."
+    found = _walk(folder)
+    if found.bad: raise ValueError(f"cannot be opened: {_named(found.bad)}")
+    if not found.files:
+        more = '; not read: '*bool(said := _not_read(folder, found)) + ', '.join(said)
+        raise ValueError(f"no pictures in {_shown(folder)}{more}")
+    return found
+
+# %% ../nbs/11c_pictures.ipynb #f32e917d
+_TESTS = 'test', 'val', 'valid', 'validation'   # beside 'train'; the first counts
+
+class _Split(NamedTuple):
+    "The pictures of a folder in two parts."
+    train:list[Path] # to train on
+    test:list[Path]  # never trained on
+    how:str          # how they were told apart
+    notes:list[str]  # what is left out
+
+def _split_folders(folder:Path)->tuple[Path,Path]|None:
+    "The subfolders to train on and to test on, if both are there, in capitals or not."
+    try: below = sorted(p for p in folder.iterdir() if p.is_dir())
+    except OSError as e:
+        raise ValueError(f"{_shown(folder)} cannot be opened: {e.strerror}") from e
+    named = {n: [p for p in below if p.name.lower() == n] for n in ('train', *_TESTS)}
+    for n, twice in named.items():
+        if len(twice) > 1: raise ValueError(
+            f"{' and '.join(p.name for p in twice)} in {_shown(folder)}: which is {n}?")
+    test = next((named[n][0] for n in _TESTS if named[n]), None)
+    return (named['train'][0], test) if named['train'] and test else None
+
+def _unused(folder:Path, used:list[Path])->list[str]:
+    "What else there is beside the parts that are used."
+    rest = sorted({*_walk(folder).files} - {*used})
+    real = {os.path.realpath(p) for p in used} if rest else ()
+    rest = [p.relative_to(folder) for p in rest if os.path.realpath(p) not in real]
+    counts = Counter(_shown(p.parts[0]) if len(p.parts) > 1 else '.' for p in rest)
+    return [f"{d} ({n} picture{'s'*(n > 1)})" for d, n in sorted(counts.items())]
+
+def _split_images(folder:Path)->_Split:
+    "Two subfolders if they are there; else a tenth is held out, by name."
+    parts = _split_folders(folder)
+    found = [_list_images(d) for d in parts or [folder]]
+    notes = [f"not read in {_shown(d)}: {', '.join(said)}"
+             for d, f in zip(parts or [folder], found) if (said := _not_read(d, f))]
+    images = found[0].files
+    if parts:
+        (train, test), files = parts, found[0].files + found[1].files
+        if unused := _unused(folder, files):
+            notes.append(f"not used in {_shown(folder)}: {', '.join(unused)}, beside "
+                         f"{train.name} and {test.name}")
+        return _Split(images, found[1].files, f"{test.name} is for testing", notes)
+    if len(images) < 2:
+        raise ValueError(f"only one image in {_shown(folder)}: at least two are "
+                         "needed, one to train on and one to test")
+    names = [p.relative_to(folder).as_posix() for p in images]
+    test = _hold_out([n.encode(errors='surrogateescape') for n in names])
+    return _Split([p for p, t in zip(images, test) if not t],
+                  [p for p, t in zip(images, test) if t],
+                  "a tenth, by name, is for testing", notes)
 
 # %% ../nbs/11c_pictures.ipynb #24b593c1
 def _read_head(path:Path)->tuple[int,bool]: # shorter side in pixels; is it gray?
@@ -67,10 +142,15 @@ def _read_head(path:Path)->tuple[int,bool]: # shorter side in pixels; is it gray
 
 def _read_heads(found:list[Path])->tuple[list[int],list[bool]]: # as `_read_head`
     "What the heads of the files say; if one is no image, an error names all bad files."
-    try: return zip(*_read_all(_read_head, found))
+    try: return zip(*_read_all(_read_head, found, _shown))
     except ValueError:
-        _read_all(partial(read_image, size=4, channels=1), found)   # sound heads, too
+        _read_all(partial(read_image, size=4, channels=1), found, _shown) # sound heads
         raise
+
+def _note(said:str):
+    "A line on the standard error stream; of several processes one speaks."
+    if os.environ.get('RANK', '0') == '0':
+        print(f"note: {said}", file=sys.stderr, flush=True)
 
 def read_folder(
     path:str|Path,          # the folder
@@ -81,12 +161,9 @@ def read_folder(
     without `size`, the smallest image's side is rounded down to a multiple of 4.
     ValueError names what cannot be read."""
     folder = Path(path).expanduser()
-    if not folder.is_dir(): raise ValueError(f"no such folder: {folder}")
-    train, test = _split_images(folder)
-    others = _left_out(folder)
-    if others and os.environ.get('RANK', '0') == '0':
-        print(f"note: not read in {folder}: {others} (convert them to PNG or JPEG "
-              "first)", file=sys.stderr, flush=True)
+    if not folder.is_dir(): raise ValueError(f"no such folder: {_shown(folder)}")
+    train, test, _, notes = _split_images(folder)
+    for said in notes: _note(said)
     found, name = train+test, f'folder:{path}'
     sides, gray = _read_heads(found)
     if size is None and min(sides) < 4:
@@ -98,6 +175,6 @@ def read_folder(
     check_memory(name, len(found), (channels, size, size))
     x = np.empty((len(found), channels, size, size), np.uint8)
     def read(i): x[i] = read_image(found[i], size, channels)
-    _read_all(read, range(len(found)), lambda i: str(found[i]), name)
+    _read_all(read, range(len(found)), lambda i: _shown(found[i]), name)
     x = torch.from_numpy(x)
     return x[:len(train)], x[len(train):]

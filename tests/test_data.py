@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import re
 import socket
 import struct
@@ -211,7 +212,7 @@ def test_only_images_and_nothing_hidden(tmp_path):
     (tmp_path/"._a.png").write_bytes(b"a Mac wrote this")
     (tmp_path/"readme.txt").write_text("")
     (tmp_path/"folder.png").mkdir()
-    train, test = _split_images(tmp_path)
+    train, test, *_ = _split_images(tmp_path)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in train+test) == ["a.png", "b.JPeG", "sub/deep/c.jpg"]
 
 
@@ -229,7 +230,7 @@ def test_other_formats_are_named(tmp_path, capsys, monkeypatch):
     load_folder(tmp_path)
     assert capsys.readouterr().err == ""
     for i in range(4): (tmp_path/f"{i}.png").unlink()
-    with pytest.raises(ValueError, match="no pictures in .*; not read: 1 .avif, 2 .heic$"): load_folder(tmp_path)
+    with pytest.raises(ValueError, match="no pictures in .*; not read: 1 .avif, 2 .heic .convert"): load_folder(tmp_path)
 
 
 def test_train_and_test_folders_are_respected(tmp_path):
@@ -241,9 +242,77 @@ def test_train_and_test_folders_are_respected(tmp_path):
     with pytest.raises(ValueError, match="no pictures in .*test"): load_folder(tmp_path)
 
 
+@pytest.mark.parametrize("names, used, unused", [(("train", "val"), "val", ""), (("train", "valid"), "valid", ""), (("Train", "Test"), "Test", ""), (("TRAIN", "Validation"), "Validation", ""),
+    (("train", "val", "test"), "test", "val (2 pictures)"), (("train", "valid", "val"), "val", "valid (2 pictures)"), (("train", "test", "extra"), "test", "extra (2 pictures)")])
+def test_splits_by_any_name(names, used, unused, tmp_path, capsys):
+    for k, name in enumerate(names):
+        for i in range(2): save(tmp_path, f"{name}/{i}.png", np.full((8, 8), 10*k+i, np.uint8))
+    d, k = load_folder(tmp_path), names.index(used)
+    assert (d.train[:, 0, 0, 0].tolist(), d.test[:, 0, 0, 0].tolist()) == ([0, 1], [10*k, 10*k+1])
+    said = [l for l in capsys.readouterr().err.splitlines() if "not used" in l]
+    assert said == ([f"note: not used in {tmp_path}: {unused}, beside {names[0]} and {used}"] if unused else [])
+
+
+def test_what_is_no_split(tmp_path):
+    for name in ("val", "test", "cats"): save(tmp_path, f"{name}/0.png", pixels(8, 8))
+    assert len(load_folder(tmp_path).train) == 2                             # nothing says train
+    save(tmp_path, "Train/0.png", pixels(8, 8))
+    (tmp_path/"train").mkdir(exist_ok=True)
+    if len({p.name for p in tmp_path.iterdir()}) == 5: one_line(lambda: load_folder(tmp_path), "Train and train in ", "which is train?")
+
+
+@pytest.mark.parametrize("file", ["checkpoint.safetensors", "model.safetensors", "log.jsonl"])
+def test_own_output_is_no_data(file, tmp_path, capsys, monkeypatch):
+    for i in range(3): save(tmp_path, f"{i}.png", pixels(8, 8, seed=i))
+    save(tmp_path, "runs/mine/samples.png", pixels(40, 40))
+    save(tmp_path, "runs/mine/deeper/more.png", pixels(40, 40))
+    (tmp_path/"runs/mine"/file).touch()
+    monkeypatch.chdir(tmp_path)
+    d = load_folder(".")
+    assert len(d.train) + len(d.test) == 3
+    assert capsys.readouterr().err == "note: not read in .: runs/mine (a run: its pictures are samples)\n"
+    one_line(lambda: load_folder("runs/mine"), "no pictures in runs/mine; not read: a run's own pictures")
+
+
+def test_links(tmp_path):
+    "A linked class is read like one that is there, a circle ends, and what is reached twice counts once."
+    for k, d in enumerate(("pics/cats", "far")):
+        for i in range(2): save(tmp_path, f"{d}/{i}.png", np.full((8, 8), 100*k + 50*i, np.uint8))
+    for link, to in (("pics/dogs", "far"), ("pics/a", "pics/cats"), ("far/up", "pics"), ("pics/self", "pics/self")): (tmp_path/link).symlink_to(tmp_path/to)
+    one_line(lambda: load_folder(tmp_path/"pics"), f"cannot be opened: {tmp_path}/pics/self (a link to nothing)")
+    (tmp_path/"pics/self").unlink()
+    d = load_folder(tmp_path/"pics")
+    assert sorted(torch.cat([d.train, d.test])[:, 0, 0, 0].tolist()) == [0, 50, 100, 150]
+    (tmp_path/"pics/x.jpg").symlink_to(tmp_path/"none.jpg")
+    one_line(lambda: load_folder(tmp_path/"pics"), "pics/x.jpg (a link to nothing)")
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    for i in range(3): save(tmp_path, f"a/{i}.png", pixels(8, 8))
+    (tmp_path/"shut").mkdir()
+    scandir = os.scandir
+    def refuse(path):
+        if Path(path).name == "shut": raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    one_line(lambda: load_folder(tmp_path), f"cannot be opened: {tmp_path}/shut (Permission denied)")
+
+
+def test_names_that_are_no_text(tmp_path, capsys):
+    "Bytes that are not UTF-8 (of an old archive), and a line break, in the name of a picture: it is read, and an error is one line that can be printed."
+    for name in (b"gr\xfcn.png", b"two\nlines.png", "grün.png".encode(), b"plain.png"):
+        try: save(tmp_path, os.fsdecode(name), pixels(8, 8))
+        except OSError: pytest.skip("this file system takes no such names")
+    d = load_folder(tmp_path)
+    assert len(d.train) + len(d.test) == 4
+    for p in tmp_path.iterdir(): p.write_bytes(b"")
+    with pytest.raises(ValueError) as e: load_folder(tmp_path)
+    assert "\n" not in str(e.value) and str(e.value).encode().count("\ufffd".encode()) == 2 and "grün.png" in str(e.value)
+
+
 def test_held_out_tenth(tmp_path):
     for i in range(40): (tmp_path/f"{i:02}.png").touch()
-    train, test = _split_images(tmp_path)
+    train, test, *_ = _split_images(tmp_path)
     assert (len(train), len(test)) == (36, 4) and not set(train) & set(test) and train == sorted(train)
     by_hash = sorted(range(40), key=lambda i: hashlib.sha256(f"{i:02}.png".encode()).hexdigest())
     assert {p.name for p in test} == {f"{i:02}.png" for i in by_hash[:4]}
