@@ -84,6 +84,7 @@ def _announce(plan, dataset, out, say):
     say(f"{dataset}: {len(data.train)} training and {len(data.test)} test images, "
         f"{c}x{h}x{w}, {data.levels} levels; "
         f"{cfg.steps} steps on {plan.device}{others}, in {out}")
+    if data.about: say(f"images: {data.about}")
     if plan.finished:
         say("note: this run is finished; to train longer, give more --steps. "
             "Sampling and measuring again")

@@ -21,7 +21,7 @@ from .decoder import to_model_range
 from .formats import read_cifar10, read_fashion_mnist, read_lsun
 from .machines import to_device
 from .noise import indexed_uniform
-from .pictures import read_folder
+from .pictures import _read_pictures
 
 # %% ../nbs/12_data.ipynb #a5894cd3
 @dataclass(frozen=True, eq=False)
@@ -34,6 +34,7 @@ class Dataset:
     flip:bool=False                # is the mirror image of an image as likely?
     train_labels:Tensor|None=None  # `(n,)` classes, if any; they judge samples only
     test_labels:Tensor|None=None   # `(m,)`
+    about:str=''                   # how the images were chosen, in one line
 
     @property
     def shape(self)->tuple[int,int,int]:
@@ -165,10 +166,11 @@ class Batches:
 
 # %% ../nbs/12_data.ipynb #d35f7c63
 def _load_folder(path, size, channels, data_dir)->Dataset:
-    "PNG and JPEG images from a folder, with 256 levels."
+    "The pictures of a folder, with 256 levels."
     if not path: raise ValueError("'folder' needs a path, as in folder:my/images")
     _check_free(size, channels)
-    return Dataset(f'folder:{path}', *read_folder(path, size, channels))
+    train, test, about = _read_pictures(path, size, channels)
+    return Dataset(f'folder:{path}', train, test, about=about)
 
 DATASETS['folder'] = _load_folder
 

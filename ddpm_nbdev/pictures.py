@@ -6,6 +6,8 @@
 __all__ = ['read_folder']
 
 # %% ../nbs/11c_pictures.ipynb #96a1ae69
+import hashlib
+import math
 import os
 import sys
 from collections import Counter
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .formats import _hold_out, _named, _read_all
-from .images import _FORMATS, _open_image, read_image
+from .images import _FORMATS, _open_image, _read_square, read_image
 from .machines import check_memory
 
 # %% ../nbs/11c_pictures.ipynb #1542d66b
@@ -135,46 +137,118 @@ def _split_images(folder:Path)->_Split:
                   "a tenth, by name, is for testing", notes)
 
 # %% ../nbs/11c_pictures.ipynb #24b593c1
-def _read_head(path:Path)->tuple[int,bool]: # shorter side in pixels; is it gray?
+def _read_head(path:Path)->tuple[int,int,bool]: # width, height; is it gray for sure?
     "What the first bytes of an image say about it."
     with _open_image(path, _FORMATS) as im:
-        return min(im.size), im.mode in ('1', 'L', 'LA') or im.mode.startswith('I')
+        return *im.size, im.mode in ('1', 'L', 'LA') or im.mode.startswith('I')
 
-def _read_heads(found:list[Path])->tuple[list[int],list[bool]]: # as `_read_head`
+def _read_heads(found:list[Path])->list[tuple[int,int,bool]]:
     "What the heads of the files say; if one is no image, an error names all bad files."
-    try: return zip(*_read_all(_read_head, found, _shown))
-    except ValueError:
-        _read_all(partial(read_image, size=4, channels=1), found, _shown) # sound heads
+    try: return _read_all(_read_head, found, _shown)
+    except ValueError:                               # sound heads have bad pixels, too
+        _read_all(partial(read_image, size=4, channels=1), found, _shown)
         raise
+
+def _better_side(side:int)->int:
+    "The nearest side that a U-Net can halve until at most 16 pixels are left."
+    unit = 2**max(0, math.ceil(math.log2(side/16)))
+    return round(side/unit)*unit
+
+def _choose_size(
+    found:list[Path],                  # the pictures
+    heads:list[tuple[int,int,bool]],   # of each, as `_read_head`
+    asked:int|None,                    # the side that was asked for
+)->tuple[int,str]:                     # the side; why, if there is more to say
+    "The side of the squares: as asked, else the smallest picture's, at most 32."
+    sides = [min(w, h) for w, h, _ in heads]
+    least = min(sides)
+    if asked:
+        better = _better_side(asked)
+        return asked, '' if asked == better else (
+            f" ({better}x{better} would be faster: it can be halved more often)")
+    smallest = found[sides.index(least)]
+    if least < 4:
+        raise ValueError(f"{_shown(smallest)} is only {least} pixels high or wide; "
+                         "remove it, or give a size")
+    size, usual = (min(32, int(s)//4*4) for s in (least, np.median(sides)))
+    if least >= 32 or least == max(sides): return size, ''
+    w, h, _ = heads[sides.index(least)]
+    few = sum(s < usual for s in sides)
+    without = f"; {usual}x{usual} without the {few} below that" if few else ''
+    return size, f" (the smallest, {_shown(smallest.name)}, is {w}x{h}{without})"
+
+# %% ../nbs/11c_pictures.ipynb #34f8f1e7
+class _Look(NamedTuple):
+    "What is worth knowing of a picture."
+    color:bool    # do its channels differ?
+    shines:bool   # is something transparent?
+    empty:bool    # is it of one color?
+    digest:bytes  # the same for copies
+
+def _look(
+    x:np.ndarray, # uint8 `(c, size, size)`
+    shines:bool,  # is something transparent?
+)->_Look:
+    "What is worth knowing of a picture that was just read."
+    color, empty = bool((x != x[:1]).any()), bool((x == x[:, :1, :1]).all())
+    return _Look(color, shines, empty, hashlib.blake2b(x, digest_size=16).digest())
+
+def _describe(
+    looks:list[_Look],  # of all pictures, first those to train on
+    train:int,          # how many those are
+)->str:
+    "What a person should know of them, each preceded by a semicolon."
+    digests = [k.digest for k in looks]
+    copies = len(looks) - len(set(digests))
+    leaked = len(set(digests[:train]) & set(digests[train:]))
+    counts = {"transparent, shown on white": sum(k.shines for k in looks),
+              "of one color": sum(k.empty for k in looks),
+              "the same as another": copies, "both to train on and to test on": leaked}
+    return ''.join(f"; {n} {what}" for what, n in counts.items() if n)
 
 def _note(said:str):
     "A line on the standard error stream; of several processes one speaks."
     if os.environ.get('RANK', '0') == '0':
         print(f"note: {said}", file=sys.stderr, flush=True)
 
+def _read_pictures(
+    path:str|Path,          # the folder
+    size:int|None=None,     # as for `read_folder`
+    channels:int|None=None, # as for `read_folder`
+)->tuple[Tensor,Tensor,str]: # as of `read_folder`; one line of what they are
+    "What `read_folder` reads, and how it was chosen."
+    folder = Path(path).expanduser()
+    if not folder.is_dir(): raise ValueError(f"no such folder: {_shown(folder)}")
+    split = _split_images(folder)
+    for said in split.notes: _note(said)
+    found, name = split.train+split.test, f'folder:{path}'
+    heads = _read_heads(found)
+    size, why = _choose_size(found, heads, size)
+    depth = channels or (1 if all(gray for _, _, gray in heads) else 3)
+    check_memory(name, len(found), (depth, size, size))
+    x, looks = np.empty((len(found), depth, size, size), np.uint8), [None]*len(found)
+    def read(i):
+        x[i], shines = _read_square(found[i], size, depth)
+        looks[i] = _look(x[i], shines)
+    _read_all(read, range(len(found)), lambda i: _shown(found[i]), name)
+    colored = [p for p, k in zip(found, looks) if k.color]
+    if not channels and not colored: x = x[:, :1].copy()
+    kind = 'gray' if x.shape[1] == 1 else 'in color'
+    if colored and not channels:
+        kind += f" ({len(colored)} of {len(found)} are, the first {colored[0].name})"
+    if x.max() < 16:
+        _note(f"all pixels in {_shown(folder)} are below 16 of 255, nearly black (of "
+              "16 bits the upper 8 are kept: stretch values of 12 bits first)")
+    about = f"{size}x{size}{why}, {_shown(kind)}{_describe(looks, len(split.train))}"
+    x, n = torch.from_numpy(x), len(split.train)
+    return x[:n], x[n:], f"{about}; {split.how}"
+
 def read_folder(
     path:str|Path,          # the folder
     size:int|None=None,     # side in pixels; None: the smallest image's, at most 32
     channels:int|None=None, # 1 or 3; None: 1 if all images are gray
 )->tuple[Tensor,Tensor]:    # training and test images, uint8 `(n, c, size, size)`
-    """The pictures of a folder, cropped to the middle square and resized;
-    without `size`, the smallest image's side is rounded down to a multiple of 4.
-    ValueError names what cannot be read."""
-    folder = Path(path).expanduser()
-    if not folder.is_dir(): raise ValueError(f"no such folder: {_shown(folder)}")
-    train, test, _, notes = _split_images(folder)
-    for said in notes: _note(said)
-    found, name = train+test, f'folder:{path}'
-    sides, gray = _read_heads(found)
-    if size is None and min(sides) < 4:
-        smallest = found[sides.index(min(sides))]
-        raise ValueError(f"{smallest} is only {min(sides)} pixels high or wide; "
-                         "remove it, or give a size")
-    size = size or min(32, min(sides)//4*4)
-    channels = channels or (1 if all(gray) else 3)
-    check_memory(name, len(found), (channels, size, size))
-    x = np.empty((len(found), channels, size, size), np.uint8)
-    def read(i): x[i] = read_image(found[i], size, channels)
-    _read_all(read, range(len(found)), lambda i: _shown(found[i]), name)
-    x = torch.from_numpy(x)
-    return x[:len(train)], x[len(train):]
+    """The pictures of a folder, cropped to the middle square and resized; without
+    `size`, the smallest image's side is rounded down to a multiple of 4. ValueError
+    names what cannot be read; what is left out is said in a line."""
+    return _read_pictures(path, size, channels)[:2]

@@ -127,6 +127,7 @@ def test_folder(call, here, pictures):
     status, out, err = call(ddpm_train, f"folder:{pictures}", *QUICK, "--flip")
     assert (status, err) == (0, "")
     assert "11 training and 1 test images, 3x8x8, 256 levels" in out and "classifier" not in out
+    assert re.search(r"^images: 8x8.*, in color .*; a tenth, by name, is for testing$", out, re.M)
     assert json.loads((here/"runs/pictures/metrics.json").read_text())["config"]["flip"] is True
     assert call(ddpm_sample, "runs/pictures", "--n", 2)[0] == 0
     assert Image.open(here/"pictures_samples.png").size == (2*8*4+4, 8*4)

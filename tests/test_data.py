@@ -31,6 +31,7 @@ from ddpm_nbdev.formats import SOURCES, _Progress, fetch
 from ddpm_nbdev.images import read_image
 from ddpm_nbdev.machines import _free_memory
 from ddpm_nbdev.pictures import _split_images
+from ddpm_nbdev.train import _small_unet_args
 
 HOME = Path(ddpm_nbdev.__file__).parent
 
@@ -400,6 +401,62 @@ def test_any_error_names_its_file(tmp_path, monkeypatch):
     for i in range(2): save(tmp_path, f"{i}.png", pixels(8, 8))
     monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: 1/0)
     one_line(lambda: load_folder(tmp_path, size=4), "0.png", "1.png", "(division by zero)")
+
+
+def about(tmp_path, **kw): return load_folder(tmp_path, **kw).about
+
+
+def test_gray_by_what_is_seen(tmp_path):
+    "Stored as color, as a palette or gray, it is gray; one picture in color makes three channels of all, and is named; what is asked for goes before."
+    for i in range(4): save(tmp_path, f"{i}.png", np.stack([pixels(8, 8, seed=i)]*3, -1))
+    Image.fromarray(pixels(8, 8)//16*16).convert("P").save(tmp_path/"p.png")
+    save(tmp_path, "l.jpg", pixels(8, 8))
+    d = load_folder(tmp_path)
+    assert d.shape == (1, 8, 8) and "8x8, gray;" in d.about and d.train.is_contiguous()
+    assert {bytes(pixels(8, 8, seed=i)) for i in range(4)} < {bytes(x.numpy()) for x in torch.cat([d.train, d.test])}
+    save(tmp_path, "red.png", pixels(8, 8, 3))
+    d = load_folder(tmp_path)
+    assert d.shape == (3, 8, 8) and "in color (1 of 7 are, the first red.png)" in d.about
+    assert load_folder(tmp_path, channels=1).shape == (1, 8, 8) and "8x8, gray;" in about(tmp_path, channels=1)
+    (tmp_path/"red.png").unlink()
+    assert load_folder(tmp_path, channels=3).shape == (3, 8, 8) and "8x8, in color;" in about(tmp_path, channels=3)
+
+
+def test_the_file_that_decided_the_size(tmp_path):
+    for i in range(5): save(tmp_path, f"{i}.png", pixels(64, 64, seed=i))
+    assert about(tmp_path).startswith("32x32, gray;")
+    save(tmp_path, "strip.png", pixels(9, 64))
+    assert about(tmp_path).startswith("8x8 (the smallest, strip.png, is 64x9; 32x32 without the 1 below that), gray;")
+    assert about(tmp_path, size=64).startswith("64x64, gray;")
+
+
+@pytest.mark.parametrize("size, better", [(97, 96), (100, 96), (34, 32), (60, 0), (64, 0), (30, 0), (28, 0), (36, 0), (8, 0), (9, 0), (256, 0), (257, 256)])
+def test_a_size_that_cannot_be_halved(size, better, tmp_path):
+    "As the U-Net of a folder halves it: the one that is named has a lowest level of at most 16 pixels."
+    for i in range(2): save(tmp_path, f"{i}.png", pixels(8, 8))
+    said = re.search(r"\((\d+)x\1 would be faster", about(tmp_path, size=size))
+    assert (int(said[1]) if said else 0) == better
+    lowest = lambda n: n//2**(len(_small_unet_args(n)["ch_mult"])-1)
+    assert (lowest(size) > 16) == (better > 0) and (not better or lowest(better) <= 16)
+
+
+def test_values_of_12_bits_are_pointed_out(tmp_path, capsys):
+    for i in range(3): save(tmp_path, f"{i}.png", pixels(8, 8, seed=i).astype(np.uint16)*16)
+    load_folder(tmp_path)
+    assert capsys.readouterr().err == f"note: all pixels in {tmp_path} are below 16 of 255, nearly black (of 16 bits the upper 8 are kept: stretch values of 12 bits first)\n"
+    save(tmp_path, "full.png", pixels(8, 8).astype(np.uint16)*256)
+    load_folder(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_look_would_tell(tmp_path):
+    for i in range(4): save(tmp_path, f"train/{i}.png", pixels(8, 8, seed=i))
+    assert about(tmp_path/"train") == "8x8, gray; a tenth, by name, is for testing"
+    save(tmp_path, "val/copy.png", pixels(8, 8, seed=2))
+    save(tmp_path, "val/new.png", pixels(8, 8, seed=8))
+    save(tmp_path, "train/black.png", np.zeros((8, 8), np.uint8))
+    save(tmp_path, "train/nothing.png", np.zeros((8, 8, 4), np.uint8))
+    assert about(tmp_path) == ("8x8, gray; 1 transparent, shown on white; 2 of one color; 1 the same as another; 1 both to train on and to test on; val is for testing")
 
 
 # ---- batches
