@@ -22,6 +22,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from fastprogress.fastprogress import NBProgressBar, progress_bar
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
@@ -188,9 +189,12 @@ def _save_samples(
     levels:int,         # gray levels
     ncol:int|None=None, # images per row
 ):
-    "A grid of images as a PNG, small images enlarged."
+    """A grid of images as a PNG, small images enlarged. What is neither gray nor red,
+    green and blue has no colors: its channels stand side by side, in gray."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_images(x, path, ncol, scale=max(1, 32//x.shape[-1]), levels=levels)
+    scale = max(1, 32//x.shape[-1])
+    if x.shape[1] not in (1, 3): x = rearrange(x, 'b c h w -> b 1 h (c w)')
+    save_images(x, path, ncol, scale=scale, levels=levels)
 
 # %% ../nbs/13a_run.ipynb #6dd237c9
 _HELD = {}          # folder -> (process, thread) of this process that holds it

@@ -100,6 +100,16 @@ def test_a_new_dataset_is_one_entry(monkeypatch):
     with pytest.raises(ValueError, match="known: digits, folder:PATH, .*one"): load_dataset("two")
 
 
+U8 = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kw, said", [(dict(train=U8.numpy()), "train must be a uint8 tensor (n, c, h, w) of levels 0..255, got a ndarray: torch.from_numpy(x)"), (dict(test=[1]), "test must be a uint8 tensor (n, c, h, w) of levels 0..255, got a list"),
+    (dict(train=U8[:, 0]), "got the shape (4, 8, 8): x[:, None] adds the channel"), (dict(test=U8[:, :, :0]), "got the shape (4, 1, 0, 8)"), (dict(train=U8/255), "got torch.float32; of floats in [-1, 1]: to_uint8(x, levels)"),
+    (dict(train=U8.long()), "got torch.int64; of whole numbers: x.to(torch.uint8)"), (dict(train=U8+17, levels=17), "of levels 0..16, got 17"), (dict(levels=300), "levels must be a whole number from 2 to 256"),
+    (dict(test=U8[..., :4]), "train and test must hold images of one shape, got (1, 8, 8) and (1, 8, 4)"), (dict(train=U8[:0]), "no image to train on"), (dict(train_labels=torch.zeros(3)), "train_labels must be one for each of 4 images, got 3")])
+def test_a_dataset_says_what_is_wrong_with_it(kw, said): one_line(lambda: Dataset(**dict(name="x", train=U8, test=U8) | kw), said)
+
+
 # ---- folders: one image
 
 @pytest.mark.parametrize("mode, shape, gray", [("L", (10, 10), True), ("RGB", (10, 10, 3), False), ("RGBA", (10, 10, 4), False), ("LA", (10, 10, 2), True)])
