@@ -296,7 +296,7 @@ def train(
     folder or settings that do not fit, Interrupted when it was stopped and saved."""
     join_processes()
     with own_randomness(torch.device(device)), _finish_step_first() as stop:
-        data = data or load_dataset(cfg.dataset, cfg.size, cfg.channels)
+        data = data or _data_for(cfg, Path(out), resume)
         flip = data.flip if cfg.flip is None else cfg.flip
         images = data.train.to(device)
         batches = Batches(images, cfg.batch_size, cfg.seed, flip, data.levels)
@@ -311,6 +311,18 @@ def train(
             if run.writes: ddpm.save(out, state.step)
             sum_over_processes(torch.zeros(1))    # nobody goes on before they are there
         return ddpm
+
+def _data_for(
+    cfg:TrainConfig,         # the settings
+    out:Path,                # a run's folder
+    resume:bool,             # does the run there go on?
+    data_dir:str|None=None,  # where the dataset's files are
+)->Dataset:
+    "What to train on; a run that goes on keeps the size and the channels it has."
+    side, channels, checkpoint = cfg.size, cfg.channels, out/'checkpoint.safetensors'
+    if resume and checkpoint.exists():
+        channels, _, side = checkpoint_header(checkpoint)['ddpm']['shape']
+    return load_dataset(cfg.dataset, side, channels, data_dir)
 
 def _check_shards(cfg, resume):
     "ConfigError unless the processes can share the shards."

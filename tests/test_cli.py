@@ -11,10 +11,12 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import Python
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddpm_nbdev import cli, models, quality
@@ -131,6 +133,19 @@ def test_folder(call, here, pictures):
     assert json.loads((here/"runs/pictures/metrics.json").read_text())["config"]["flip"] is True
     assert call(ddpm_sample, "runs/pictures", "--n", 2)[0] == 0
     assert Image.open(here/"pictures_samples.png").size == (2*8*4+4, 8*4)
+
+
+def test_a_run_goes_on_with_the_channels_it_has(call, here):
+    "Gray pictures stored as color had three channels; a run that began with them, and did not ask for them, still finds its images."
+    (here/"p").mkdir()
+    for i in range(8): Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 1), dtype=np.uint8).repeat(3, -1)).save(here/f"p/{i}.png")
+    assert call(ddpm_train, "folder:p", *QUICK, "--channels", 3, "--out", "r")[0] == 0
+    tensors, path = read_checkpoint(here/"r/checkpoint.safetensors")[0], here/"r/checkpoint.safetensors"
+    with safe_open(path, "pt") as f: header = f.metadata()
+    config = json.dumps(json.loads(header["config"]) | {"channels": None})
+    save_file(tensors, path, metadata=header | {"config": config})
+    status, out, err = call(ddpm_train, "folder:p", "--resume", "--steps", 5, "--out", "r", "--samples", 0)
+    assert (status, err) == (0, "") and "3x8x8" in out
 
 
 def test_quiet(call):
@@ -513,7 +528,7 @@ def test_options_of_training_are_the_settings(call):
     from fastcore.docments import docments
     status, said, _ = call(ddpm_train, "--help")
     said, comments = " ".join(said.split()), docments(TrainConfig)
-    assert status == 0 and len(cli._OFFERED.split()) == 16
+    assert status == 0 and len(cli._OFFERED.split()) == 17
     for name in cli._OFFERED.split():
         assert f"--{name.replace('_', '-')}" in said and " ".join(comments[name].split()) in said, name
 
