@@ -528,7 +528,7 @@ def test_options_of_training_are_the_settings(call):
     from fastcore.docments import docments
     status, said, _ = call(ddpm_train, "--help")
     said, comments = " ".join(said.split()), docments(TrainConfig)
-    assert status == 0 and len(cli._OFFERED.split()) == 17
+    assert status == 0 and len(cli._OFFERED.split()) == 18
     for name in cli._OFFERED.split():
         assert f"--{name.replace('_', '-')}" in said and " ".join(comments[name].split()) in said, name
 
