@@ -18,7 +18,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from .commands import (_check_options, _choose_device, _printer, _run_by_name,
                                  command)
-from .data import Dataset, load_dataset
+from .data import Dataset
 from .ddpm import DDPM, draw_samples
 from .files import read_json, read_metrics, write_json, write_whole
 from .likelihood import (Likelihood, best_steps, decoder_costs, even_steps,
@@ -29,9 +29,9 @@ from .measures import _check_quality, _with_quality, quality_of
 from .models import (_add_metrics, _chain_name, _data_of, _free_name,
                                _metrics_file, find_model)
 from .quality import report
-from .run import (Interrupted, _can_show_progress, _check_folder, _restarted,
-                            _resume_command, _save_curve, _save_samples, _settings_of_run,
-                            only_writer, train)
+from .run import (Interrupted, _can_show_progress, _check_folder, _data_for,
+                            _restarted, _resume_command, _save_curve, _save_samples,
+                            _settings_of_run, only_writer, train)
 from .saved import _mse_to_config, checkpoint_header, current_weights
 from .train import ConfigError, TrainConfig, _changed
 from .train import preset as preset_settings
@@ -73,7 +73,7 @@ def _plan_training(
     checkpoint = out/'checkpoint.safetensors'
     finished = resume and checkpoint_header(checkpoint)['step'] == cfg.steps
     device = _choose_device(device)
-    data = load_dataset(cfg.dataset, cfg.size, cfg.channels, data_dir)
+    data = _data_for(cfg, out, resume, data_dir)
     return _Plan(cfg, data, device, resume, overwrite, finished, old)
 
 def _announce(plan, dataset, out, say):
@@ -83,6 +83,7 @@ def _announce(plan, dataset, out, say):
     say(f"{dataset}: {len(data.train)} training and {len(data.test)} test images, "
         f"{c}x{h}x{w}, {data.levels} levels; "
         f"{cfg.steps} steps on {plan.device}{others}, in {out}")
+    if data.about: say(f"images: {data.about}")
     if plan.finished:
         say("note: this run is finished; to train longer, give more --steps. "
             "Sampling and measuring again")
@@ -170,8 +171,8 @@ def _measure(plan, ddpm, samples, out, say, progress):
             f"again: {again}")
     return drawn, metrics
 
-_OFFERED = """T steps batch_size lr seed size flip precision compile cuda_graph shards
-clip log_every checkpoint_every keep_last keep_every sample_every"""    # become options
+_OFFERED = """T steps batch_size lr seed size channels flip precision compile cuda_graph
+shards clip log_every checkpoint_every keep_last keep_every sample_every""" # options
 
 @command(settings=TrainConfig, offered=_OFFERED, default="default: the preset's")
 def ddpm_train(
@@ -187,10 +188,9 @@ def ddpm_train(
     quiet:bool=False,      # print nothing but errors and what was not read
     **settings,            # fields of TrainConfig; not given, or None: the preset's
 )->dict:                   # what is written to metrics.json
-    """Train a diffusion model on a dataset, or on the PNG and JPEG files of a folder;
-    write samples, weights and numbers to a folder. Presets: digits, folder,
-    fashion_mnist, cifar10, celebahq256, lsun256, lsun256_large. Under torchrun, on many
-    devices."""
+    """Train a diffusion model on a dataset, or on the pictures of a folder; write
+    samples, weights and numbers to a folder. Presets: digits, folder, fashion_mnist,
+    cifar10, celebahq256, lsun256, lsun256_large. Under torchrun, on many devices."""
     settings = {k: v for k, v in settings.items() if v is not None}
     if samples is not None and (not isinstance(samples, int) or samples < 0):
         raise ConfigError(f"samples must be at least 0, got {samples}")

@@ -17,16 +17,37 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .decoder import to_model_range
-from .formats import (read_cifar10, read_fashion_mnist, read_folder,
-                                read_lsun)
+from .decoder import _check_levels, to_model_range
+from .formats import read_cifar10, read_fashion_mnist, read_lsun
 from .machines import to_device
 from .noise import indexed_uniform
+from .pictures import _read_pictures
 
 # %% ../nbs/12_data.ipynb #a5894cd3
+def _check_images(
+    x,          # what somebody gave
+    part:str,   # what it is called, for the error
+    levels:int, # gray levels
+):
+    "ValueError unless these are images as a data set holds them."
+    wanted = f"{part} must be a uint8 tensor (n, c, h, w) of levels 0..{levels-1}"
+    if not isinstance(x, Tensor):
+        more = ": torch.from_numpy(x)" if isinstance(x, np.ndarray) else ''
+        raise ValueError(f"{wanted}, got a {type(x).__name__}{more}")
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        more = ": x[:, None] adds the channel" if x.ndim == 3 else ''
+        raise ValueError(f"{wanted}, got the shape {tuple(x.shape)}{more}")
+    if x.dtype != torch.uint8:
+        more = "floats in [-1, 1]: to_uint8(x, levels)" if x.is_floating_point() else (
+            "whole numbers: x.to(torch.uint8)")
+        raise ValueError(f"{wanted}, got {x.dtype}; of {more}")
+    if levels < 256 and x.numel() and int(x.max()) >= levels:
+        raise ValueError(f"{wanted}, got {int(x.max())}: are there more levels?")
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    "Images in memory, as they are on disk: whole numbers 0..levels-1."
+    """Images in memory, as they are on disk: whole numbers 0..levels-1, of any number
+    of channels. ValueError says what else was given."""
     name:str                       # what `load_dataset` was asked for
     train:Tensor                   # uint8 `(n, c, h, w)`
     test:Tensor                    # uint8 `(m, c, h, w)`, never trained on
@@ -34,6 +55,19 @@ class Dataset:
     flip:bool=False                # is the mirror image of an image as likely?
     train_labels:Tensor|None=None  # `(n,)` classes, if any; they judge samples only
     test_labels:Tensor|None=None   # `(m,)`
+    about:str=''                   # how the images were chosen, in one line
+
+    def __post_init__(self):
+        _check_levels(self.levels, 256)
+        for part in ('train', 'test'):
+            x, y = getattr(self, part), getattr(self, f'{part}_labels')
+            _check_images(x, part, self.levels)
+            if y is not None and len(y) != len(x): raise ValueError(
+                f"{part}_labels must be one for each of {len(x)} images, got {len(y)}")
+        if not len(self.train): raise ValueError("there is no image to train on")
+        if self.train.shape[1:] != self.test.shape[1:]:
+            raise ValueError("train and test must hold images of one shape, got "
+                             f"{self.shape} and {tuple(self.test.shape[1:])}")
 
     @property
     def shape(self)->tuple[int,int,int]:
@@ -165,10 +199,11 @@ class Batches:
 
 # %% ../nbs/12_data.ipynb #d35f7c63
 def _load_folder(path, size, channels, data_dir)->Dataset:
-    "PNG and JPEG images from a folder, with 256 levels."
+    "The pictures of a folder, with 256 levels."
     if not path: raise ValueError("'folder' needs a path, as in folder:my/images")
     _check_free(size, channels)
-    return Dataset(f'folder:{path}', *read_folder(path, size, channels))
+    train, test, about = _read_pictures(path, size, channels)
+    return Dataset(f'folder:{path}', train, test, about=about)
 
 DATASETS['folder'] = _load_folder
 

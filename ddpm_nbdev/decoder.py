@@ -74,6 +74,10 @@ def check_grid(
 ):
     """ValueError unless every value is a gray level scaled by `to_model_range`: else
     eq. 13 would be the likelihood of other data."""
+    if x0.numel() == 0: raise ValueError(f"no pixel in images {tuple(x0.shape)}")
+    if not x0.is_floating_point():
+        raise ValueError(f"images must be floats in [-1, 1], got {x0.dtype} "
+                         "(see to_model_range)")
     level = (x0.float()+1)/2*(levels-1)
     off = (level - level.round().clamp(0, levels-1)).abs().max()
     if not off <= .05:

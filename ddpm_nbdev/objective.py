@@ -67,12 +67,16 @@ def training_losses(
     the image, compare.
 
     'simple' is the squared error per dimension, 'vlb' one term in nats per dimension.
-    Raises ValueError for unknown choices, wrong steps, 'simple' with 'learned', and
-    'vlb' with 'optimal'."""
+    Raises ValueError for unknown choices, wrong steps, 'simple' with 'learned', 'vlb'
+    with 'optimal', no pixel, and gray levels that are not scaled to [-1, 1]."""
     choose(MEANS, 'mean', mean)
     choose(VARIANCES, 'variance', variance)
     loss = choose(OBJECTIVES, 'objective', objective)
     b, device = len(x0), x0.device
+    if x0.numel() == 0: raise ValueError(f"no pixel in images {tuple(x0.shape)}")
+    if not x0.is_floating_point():
+        raise ValueError(f"x0 must be floats in [-1, 1], got {x0.dtype}: "
+                         "to_model_range(x0, levels) scales gray levels")
     if t is None:
         t = torch.randint(1, sched.T+1, (b,), generator=generator, device=device)
     noise = noise_like(x0, noise, generator)

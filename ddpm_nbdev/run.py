@@ -22,6 +22,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
+from einops import rearrange
 from fastprogress.fastprogress import NBProgressBar, progress_bar
 from filelock import FileLock, Timeout
 from matplotlib.figure import Figure
@@ -189,9 +190,12 @@ def _save_samples(
     levels:int,         # gray levels
     ncol:int|None=None, # images per row
 ):
-    "A grid of images as a PNG, small images enlarged."
+    """A grid of images as a PNG, small images enlarged. What is neither gray nor red,
+    green and blue has no colors: its channels stand side by side, in gray."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_images(x, path, ncol, scale=max(1, 32//x.shape[-1]), levels=levels)
+    scale = max(1, 32//x.shape[-1])
+    if x.shape[1] not in (1, 3): x = rearrange(x, 'b c h w -> b 1 h (c w)')
+    save_images(x, path, ncol, scale=scale, levels=levels)
 
 # %% ../nbs/13a_run.ipynb #6dd237c9
 _HELD = {}          # folder -> (process, thread) of this process that holds it
@@ -294,7 +298,7 @@ def train(
     OSError for a file that cannot be written, with the way back."""
     join_processes()
     with own_randomness(torch.device(device)), _finish_step_first() as stop:
-        data = data or load_dataset(cfg.dataset, cfg.size, cfg.channels)
+        data = data or _data_for(cfg, Path(out), resume)
         flip = data.flip if cfg.flip is None else cfg.flip
         images = data.train.to(device)
         batches = Batches(images, cfg.batch_size, cfg.seed, flip, data.levels)
@@ -310,6 +314,18 @@ def train(
                 if run.writes: ddpm.save(out, state.step)
             sum_over_processes(torch.zeros(1))    # nobody goes on before they are there
         return ddpm
+
+def _data_for(
+    cfg:TrainConfig,         # the settings
+    out:Path,                # a run's folder
+    resume:bool,             # does the run there go on?
+    data_dir:str|None=None,  # where the dataset's files are
+)->Dataset:
+    "What to train on; a run that goes on keeps the size and the channels it has."
+    side, channels, checkpoint = cfg.size, cfg.channels, out/'checkpoint.safetensors'
+    if resume and checkpoint.exists():
+        channels, _, side = checkpoint_header(checkpoint)['ddpm']['shape']
+    return load_dataset(cfg.dataset, side, channels, data_dir)
 
 def _check_shards(cfg, resume):
     "ConfigError unless the processes can share the shards."

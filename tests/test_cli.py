@@ -11,10 +11,12 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import Python
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddpm_nbdev import cli, models, quality
@@ -127,9 +129,23 @@ def test_folder(call, here, pictures):
     status, out, err = call(ddpm_train, f"folder:{pictures}", *QUICK, "--flip")
     assert (status, err) == (0, "")
     assert "11 training and 1 test images, 3x8x8, 256 levels" in out and "classifier" not in out
+    assert re.search(r"^images: 8x8.*, in color .*; a tenth, by name, is for testing$", out, re.M)
     assert json.loads((here/"runs/pictures/metrics.json").read_text())["config"]["flip"] is True
     assert call(ddpm_sample, "runs/pictures", "--n", 2)[0] == 0
     assert Image.open(here/"pictures_samples.png").size == (2*8*4+4, 8*4)
+
+
+def test_a_run_goes_on_with_the_channels_it_has(call, here):
+    "Gray pictures stored as color had three channels; a run that began with them, and did not ask for them, still finds its images."
+    (here/"p").mkdir()
+    for i in range(8): Image.fromarray(np.random.default_rng(i).integers(0, 256, (8, 8, 1), dtype=np.uint8).repeat(3, -1)).save(here/f"p/{i}.png")
+    assert call(ddpm_train, "folder:p", *QUICK, "--channels", 3, "--out", "r")[0] == 0
+    tensors, path = read_checkpoint(here/"r/checkpoint.safetensors")[0], here/"r/checkpoint.safetensors"
+    with safe_open(path, "pt") as f: header = f.metadata()
+    config = json.dumps(json.loads(header["config"]) | {"channels": None})
+    save_file(tensors, path, metadata=header | {"config": config})
+    status, out, err = call(ddpm_train, "folder:p", "--resume", "--steps", 5, "--out", "r", "--samples", 0)
+    assert (status, err) == (0, "") and "3x8x8" in out
 
 
 def test_quiet(call):
@@ -288,7 +304,7 @@ def test_bad_folders(call, here, pictures):
     failed(call(ddpm_train, "folder:nowhere"), 1, "no such folder: nowhere")
     failed(call(ddpm_train, "folder:"), 1, "needs a path")
     (here/"empty").mkdir()
-    failed(call(ddpm_train, "folder:empty"), 1, "no PNG or JPEG files in empty")
+    failed(call(ddpm_train, "folder:empty"), 1, "no pictures in empty")
     (pictures/"3.png").write_bytes((pictures/"3.png").read_bytes()[:100])
     (pictures/"bad.jpg").write_text("no image")
     failed(call(ddpm_train, "folder:pictures", *QUICK), 1, "3.png", "bad.jpg", "2 of 13 images cannot be read")
@@ -512,7 +528,7 @@ def test_options_of_training_are_the_settings(call):
     from fastcore.docments import docments
     status, said, _ = call(ddpm_train, "--help")
     said, comments = " ".join(said.split()), docments(TrainConfig)
-    assert status == 0 and len(cli._OFFERED.split()) == 16
+    assert status == 0 and len(cli._OFFERED.split()) == 18
     for name in cli._OFFERED.split():
         assert f"--{name.replace('_', '-')}" in said and " ".join(comments[name].split()) in said, name
 

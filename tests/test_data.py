@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import os
 import re
 import socket
 import struct
@@ -11,6 +12,9 @@ import sys
 import tarfile
 import threading
 import time
+import tracemalloc
+import warnings
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -23,8 +27,11 @@ from PIL import Image
 import ddpm_nbdev
 from ddpm_nbdev import formats, machines
 from ddpm_nbdev.data import DATASETS, Batches, Dataset, _coins, _mirror, batch_indices, epoch_order, load_dataset
-from ddpm_nbdev.formats import SOURCES, _Progress, _split_images, fetch, read_image
+from ddpm_nbdev.formats import SOURCES, _Progress, fetch
+from ddpm_nbdev.images import read_image
 from ddpm_nbdev.machines import _free_memory
+from ddpm_nbdev.pictures import _split_images
+from ddpm_nbdev.train import _small_unet_args
 
 HOME = Path(ddpm_nbdev.__file__).parent
 
@@ -93,6 +100,16 @@ def test_a_new_dataset_is_one_entry(monkeypatch):
     with pytest.raises(ValueError, match="known: digits, folder:PATH, .*one"): load_dataset("two")
 
 
+U8 = torch.zeros(4, 1, 8, 8, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("kw, said", [(dict(train=U8.numpy()), "train must be a uint8 tensor (n, c, h, w) of levels 0..255, got a ndarray: torch.from_numpy(x)"), (dict(test=[1]), "test must be a uint8 tensor (n, c, h, w) of levels 0..255, got a list"),
+    (dict(train=U8[:, 0]), "got the shape (4, 8, 8): x[:, None] adds the channel"), (dict(test=U8[:, :, :0]), "got the shape (4, 1, 0, 8)"), (dict(train=U8/255), "got torch.float32; of floats in [-1, 1]: to_uint8(x, levels)"),
+    (dict(train=U8.long()), "got torch.int64; of whole numbers: x.to(torch.uint8)"), (dict(train=U8+17, levels=17), "of levels 0..16, got 17"), (dict(levels=300), "levels must be a whole number from 2 to 256"),
+    (dict(test=U8[..., :4]), "train and test must hold images of one shape, got (1, 8, 8) and (1, 8, 4)"), (dict(train=U8[:0]), "no image to train on"), (dict(train_labels=torch.zeros(3)), "train_labels must be one for each of 4 images, got 3")])
+def test_a_dataset_says_what_is_wrong_with_it(kw, said): one_line(lambda: Dataset(**dict(name="x", train=U8, test=U8) | kw), said)
+
+
 # ---- folders: one image
 
 @pytest.mark.parametrize("mode, shape, gray", [("L", (10, 10), True), ("RGB", (10, 10, 3), False), ("RGBA", (10, 10, 4), False), ("LA", (10, 10, 2), True)])
@@ -100,9 +117,44 @@ def test_modes_come_back_exactly(mode, shape, gray, tmp_path):
     x = pixels(*shape)
     for i in range(3): save(tmp_path, f"{i}.png", x)
     d = load_folder(tmp_path, size=10)
-    want = x[None] if mode == "L" else x[..., :1].transpose(2, 0, 1) if mode == "LA" else x[..., :3].transpose(2, 0, 1)
+    want = on_white(x) if mode in ("RGBA", "LA") else x[None] if gray else x.transpose(2, 0, 1)
     assert d.shape == ((1 if gray else 3), 10, 10)
-    np.testing.assert_array_equal(d.train[0].numpy(), want)
+    assert abs(d.train[0].numpy().astype(int) - want).max() <= (mode in ("RGBA", "LA"))
+
+
+def on_white(x):
+    "What a viewer shows of `(h, w, c + 1)` bytes with a last channel of opacity."
+    a = x[..., -1:]/255
+    return np.round(x[..., :-1]*a + 255*(1-a)).transpose(2, 0, 1)
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    "Drawings in black on nothing, and hidden colors, whichever way a file says what is transparent."
+    shape = np.zeros((8, 8), bool)
+    shape[2:6, 3:5] = True
+    want = np.where(shape, 0, 255)
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[..., 3] = 255*shape
+    save(tmp_path, "black.png", rgba)
+    rgba[..., :3] = np.where(shape, 0, pixels(8, 8))[..., None]
+    save(tmp_path, "hidden.png", rgba)
+    save(tmp_path, "la.png", rgba[..., 2:])
+    index = Image.fromarray(shape.astype(np.uint8)).convert("P")
+    index.putpalette([255, 0, 0, 0, 0, 0])
+    index.save(tmp_path/"palette.png", transparency=0)
+    Image.fromarray(np.where(shape, 0, 77).astype(np.uint8)).save(tmp_path/"gray key.png", transparency=77)
+    Image.fromarray(np.where(shape, 0, 7777).astype(np.uint16)).save(tmp_path/"16 bits.png", transparency=7777)
+    Image.fromarray(np.stack([np.where(shape, 0, v).astype(np.uint8) for v in (9, 8, 7)], -1)).save(tmp_path/"color key.png", transparency=(9, 8, 7))
+    for path in tmp_path.iterdir():
+        for c in (1, 3): np.testing.assert_array_equal(read_image(path, 8, c), np.stack([want]*c), err_msg=path.name)
+
+
+def test_no_hidden_color_seeps_through_the_resizing(tmp_path):
+    x = np.zeros((64, 64, 4), np.uint8)
+    x[..., 0], x[::2, ::2, 3] = 255*(np.indices((64, 64)).sum(0) % 2), 255          # red only where nothing is seen
+    save(tmp_path, "a.png", x)
+    y = read_image(tmp_path/"a.png", 8, 3).astype(int)
+    assert abs(y - 255*3/4).max() <= 6 and np.ptp(y, axis=0).max() == 0
 
 
 def test_sixteen_bits_one_bit_and_palette(tmp_path):
@@ -171,7 +223,7 @@ def test_only_images_and_nothing_hidden(tmp_path):
     (tmp_path/"._a.png").write_bytes(b"a Mac wrote this")
     (tmp_path/"readme.txt").write_text("")
     (tmp_path/"folder.png").mkdir()
-    train, test = _split_images(tmp_path)
+    train, test, *_ = _split_images(tmp_path)
     assert sorted(p.relative_to(tmp_path).as_posix() for p in train+test) == ["a.png", "b.JPeG", "sub/deep/c.jpg"]
 
 
@@ -179,17 +231,17 @@ def test_other_formats_are_named(tmp_path, capsys, monkeypatch):
     for i in range(4): save(tmp_path, f"{i}.png", pixels(8, 8))
     load_folder(tmp_path)
     assert capsys.readouterr().err == ""
-    for name in ("a.HEIC", "b.heic", "sub/c.webp", ".hidden/d.gif", "notes.txt"):
+    for name in ("a.HEIC", "b.heic", "sub/c.avif", ".hidden/d.gif", "notes.txt"):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         (tmp_path/name).write_bytes(b"")
     d = load_folder(tmp_path)
     assert len(d.train) + len(d.test) == 4
-    assert capsys.readouterr().err == f"note: not read in {tmp_path}: 2 .heic, 1 .webp (only .png, .jpg and .jpeg files are: convert them first)\n"
+    assert capsys.readouterr().err == f"note: not read in {tmp_path}: 1 .avif, 2 .heic (convert them to PNG or JPEG first)\n"
     monkeypatch.setenv("RANK", "1")                                # of several processes one speaks
     load_folder(tmp_path)
     assert capsys.readouterr().err == ""
     for i in range(4): (tmp_path/f"{i}.png").unlink()
-    with pytest.raises(ValueError, match="no PNG or JPEG files in .*; not read: 2 .heic, 1 .webp$"): load_folder(tmp_path)
+    with pytest.raises(ValueError, match="no pictures in .*; not read: 1 .avif, 2 .heic .convert"): load_folder(tmp_path)
 
 
 def test_train_and_test_folders_are_respected(tmp_path):
@@ -198,12 +250,80 @@ def test_train_and_test_folders_are_respected(tmp_path):
     d = load_folder(tmp_path)
     assert (d.train[:, 0, 0, 0].tolist(), d.test[:, 0, 0, 0].tolist()) == ([0, 1, 2, 3, 4], [100, 101])
     for p in (tmp_path/"test").iterdir(): p.unlink()
-    with pytest.raises(ValueError, match="no PNG or JPEG files in .*test"): load_folder(tmp_path)
+    with pytest.raises(ValueError, match="no pictures in .*test"): load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("names, used, unused", [(("train", "val"), "val", ""), (("train", "valid"), "valid", ""), (("Train", "Test"), "Test", ""), (("TRAIN", "Validation"), "Validation", ""),
+    (("train", "val", "test"), "test", "val (2 pictures)"), (("train", "valid", "val"), "val", "valid (2 pictures)"), (("train", "test", "extra"), "test", "extra (2 pictures)")])
+def test_splits_by_any_name(names, used, unused, tmp_path, capsys):
+    for k, name in enumerate(names):
+        for i in range(2): save(tmp_path, f"{name}/{i}.png", np.full((8, 8), 10*k+i, np.uint8))
+    d, k = load_folder(tmp_path), names.index(used)
+    assert (d.train[:, 0, 0, 0].tolist(), d.test[:, 0, 0, 0].tolist()) == ([0, 1], [10*k, 10*k+1])
+    said = [l for l in capsys.readouterr().err.splitlines() if "not used" in l]
+    assert said == ([f"note: not used in {tmp_path}: {unused}, beside {names[0]} and {used}"] if unused else [])
+
+
+def test_what_is_no_split(tmp_path):
+    for name in ("val", "test", "cats"): save(tmp_path, f"{name}/0.png", pixels(8, 8))
+    assert len(load_folder(tmp_path).train) == 2                             # nothing says train
+    save(tmp_path, "Train/0.png", pixels(8, 8))
+    (tmp_path/"train").mkdir(exist_ok=True)
+    if len({p.name for p in tmp_path.iterdir()}) == 5: one_line(lambda: load_folder(tmp_path), "Train and train in ", "which is train?")
+
+
+@pytest.mark.parametrize("file", ["checkpoint.safetensors", "model.safetensors", "log.jsonl"])
+def test_own_output_is_no_data(file, tmp_path, capsys, monkeypatch):
+    for i in range(3): save(tmp_path, f"{i}.png", pixels(8, 8, seed=i))
+    save(tmp_path, "runs/mine/samples.png", pixels(40, 40))
+    save(tmp_path, "runs/mine/deeper/more.png", pixels(40, 40))
+    (tmp_path/"runs/mine"/file).touch()
+    monkeypatch.chdir(tmp_path)
+    d = load_folder(".")
+    assert len(d.train) + len(d.test) == 3
+    assert capsys.readouterr().err == "note: not read in .: runs/mine (a run: its pictures are samples)\n"
+    one_line(lambda: load_folder("runs/mine"), "no pictures in runs/mine; not read: a run's own pictures")
+
+
+def test_links(tmp_path):
+    "A linked class is read like one that is there, a circle ends, and what is reached twice counts once."
+    for k, d in enumerate(("pics/cats", "far")):
+        for i in range(2): save(tmp_path, f"{d}/{i}.png", np.full((8, 8), 100*k + 50*i, np.uint8))
+    for link, to in (("pics/dogs", "far"), ("pics/a", "pics/cats"), ("far/up", "pics"), ("pics/self", "pics/self")): (tmp_path/link).symlink_to(tmp_path/to)
+    one_line(lambda: load_folder(tmp_path/"pics"), f"cannot be opened: {tmp_path}/pics/self (a link to nothing)")
+    (tmp_path/"pics/self").unlink()
+    d = load_folder(tmp_path/"pics")
+    assert sorted(torch.cat([d.train, d.test])[:, 0, 0, 0].tolist()) == [0, 50, 100, 150]
+    (tmp_path/"pics/x.jpg").symlink_to(tmp_path/"none.jpg")
+    one_line(lambda: load_folder(tmp_path/"pics"), "pics/x.jpg (a link to nothing)")
+
+
+def test_a_folder_that_cannot_be_opened_is_named(tmp_path, monkeypatch):
+    for i in range(3): save(tmp_path, f"a/{i}.png", pixels(8, 8))
+    (tmp_path/"shut").mkdir()
+    scandir = os.scandir
+    def refuse(path):
+        if Path(path).name == "shut": raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+    monkeypatch.setattr(os, "scandir", refuse)
+    one_line(lambda: load_folder(tmp_path), f"cannot be opened: {tmp_path}/shut (Permission denied)")
+
+
+def test_names_that_are_no_text(tmp_path, capsys):
+    "Bytes that are not UTF-8 (of an old archive), and a line break, in the name of a picture: it is read, and an error is one line that can be printed."
+    for name in (b"gr\xfcn.png", b"two\nlines.png", "grün.png".encode(), b"plain.png"):
+        try: save(tmp_path, os.fsdecode(name), pixels(8, 8))
+        except OSError: pytest.skip("this file system takes no such names")
+    d = load_folder(tmp_path)
+    assert len(d.train) + len(d.test) == 4
+    for p in tmp_path.iterdir(): p.write_bytes(b"")
+    with pytest.raises(ValueError) as e: load_folder(tmp_path)
+    assert "\n" not in str(e.value) and str(e.value).encode().count("\ufffd".encode()) == 2 and "grün.png" in str(e.value)
 
 
 def test_held_out_tenth(tmp_path):
     for i in range(40): (tmp_path/f"{i:02}.png").touch()
-    train, test = _split_images(tmp_path)
+    train, test, *_ = _split_images(tmp_path)
     assert (len(train), len(test)) == (36, 4) and not set(train) & set(test) and train == sorted(train)
     by_hash = sorted(range(40), key=lambda i: hashlib.sha256(f"{i:02}.png".encode()).hexdigest())
     assert {p.name for p in test} == {f"{i:02}.png" for i in by_hash[:4]}
@@ -227,7 +347,126 @@ def test_corrupt_files_are_named(tmp_path):
     assert str(e.value).startswith("4 of 7 images cannot be read: ") and "\n" not in str(e.value)
     for name in ("cut.png", "text.jpg", "empty.png", "script.png"): assert name in str(e.value)
     for i in range(9): (tmp_path/f"bad{i}.png").touch()
-    with pytest.raises(ValueError, match="13 of 16 images.* and 8 more"): load_folder(tmp_path)
+    with pytest.raises(ValueError, match="13 of 16 images") as e: load_folder(tmp_path)
+    for path in tmp_path.iterdir(): assert (path in good) != (str(path) in str(e.value))                # all of them
+    for said in ("empty.png (an empty file)", "text.jpg (in an unknown format)", "script.png (PostScript in spite of its name)"): assert said in str(e.value)
+    for i in range(9, 30): (tmp_path/f"bad{i}.png").touch()
+    with pytest.raises(ValueError, match="34 of 37 images.* and 14 more$"): load_folder(tmp_path)
+
+
+HEADS = [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer: run git lfs pull"), (b"\n<!DOCTYPE HTML><html>", "a web page in spite of its name"),
+         (b"\0\0\0\x1cftypheic\0\0", "a HEIC in spite of its name"), (b"\0\0\0 ftypavif", "an AVIF in spite of its name"), (b"\0\0\0 ftypisom", "a video in spite of its name"),
+         (b"%PDF-1.7", "a PDF in spite of its name"), (b"PK\3\4", "a ZIP archive in spite of its name"), (b"\x89PNG\r\n\x1a\nxx", "a PNG with a damaged head"), (b"", "an empty file")]
+
+
+@pytest.mark.parametrize("head, said", HEADS)
+def test_it_says_what_a_file_really_is(head, said, tmp_path):
+    for i in range(2): save(tmp_path, f"{i}.png", pixels(8, 8))
+    (tmp_path/"x.jpg").write_bytes(head)
+    one_line(lambda: load_folder(tmp_path), f"1 of 3 images cannot be read: {tmp_path}/x.jpg ({said})")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "BMP", "TIFF", "GIF"])
+@pytest.mark.parametrize("wrong", [False, True])
+def test_formats_by_content(kind, wrong, tmp_path):
+    "Under its own name and under one that is wrong, the picture comes back; of those that move, the first."
+    x, path = pixels(8, 8)//2, tmp_path/("x.jpg" if wrong else f"x.{kind.lower()}")
+    more = dict(append_images=[Image.new("L", (8, 8))], save_all=True) if kind in ("GIF", "WEBP") else {}
+    Image.fromarray(x).save(path, kind, **more, **(dict(lossless=True) if kind == "WEBP" else {}))
+    np.testing.assert_array_equal(read_image(path, 8, 1)[0], x)
+
+
+def test_bombs_are_not_decoded(tmp_path):
+    "By the head alone, so six of them take no memory; Pillow's own limit lies higher, and its message is another."
+    for i in range(2): Image.new("1", (8001, 10000)).save(tmp_path/f"{i}.png")
+    for i in range(2): Image.new("1", (9500, 9500)).save(tmp_path/f"warned {i}.png")
+    big = (tmp_path/"0.png").read_bytes()
+    (tmp_path/"huge.png").write_bytes(big[:16] + struct.pack(">II", 60000, 60000) + big[24:29] + struct.pack(">I", zlib.crc32(big[12:16] + struct.pack(">II", 60000, 60000) + big[24:29])) + big[33:])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one_line(lambda: load_folder(tmp_path), "5 of 5 images", "8001x10000 pixels, more than the 80 million that are read", "3600000000 pixels, more than the 80 million")
+
+
+def test_a_broken_tag_does_not_hide_the_turn(tmp_path):
+    "A resolution that is no rational, and one that is cut off, which Pillow cannot write back."
+    x = np.zeros((16, 16), np.uint8)
+    x[:8] = 255
+    turn, broken = struct.pack("<HHIHH", 0x0112, 3, 1, 3, 0), struct.pack("<HHII", 0x011A, 7, 8, 38)
+    good = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + turn + broken + struct.pack("<I", 0) + bytes(8)
+    for name, tags in (("a", good), ("b", good[:-8])): save(tmp_path, f"turned/{name}.jpg", x, exif=tags)
+    for name in "ab": save(tmp_path, f"nonsense/{name}.jpg", x, exif=b"Exif\0\0II*\0\xff\xff")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        turned, plain = (load_folder(tmp_path/name) for name in ("turned", "nonsense"))
+    for y in (turned.train[0, 0], turned.test[0, 0]): assert y[12:].min() > 240 and y[:4].max() < 15
+    for y in (plain.train[0, 0], plain.test[0, 0]): assert y[:4].min() > 240          # no turn that can be read: none
+
+
+def test_pixels_of_more_than_16_bits_are_refused(tmp_path):
+    for i, a in enumerate((np.full((8, 8), 2**20, np.int32), np.full((8, 8), .5, np.float32))): save(tmp_path, f"{i}.tiff", a)
+    one_line(lambda: load_folder(tmp_path, size=8), "0.tiff (more than 16 bits per pixel: save it with 8 or 16)", "1.tiff (pixels that are fractions: save it with 8 bits)")
+
+
+def test_any_error_names_its_file(tmp_path, monkeypatch):
+    for i in range(2): save(tmp_path, f"{i}.png", pixels(8, 8))
+    monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: 1/0)
+    one_line(lambda: load_folder(tmp_path, size=4), "0.png", "1.png", "(division by zero)")
+
+
+def about(tmp_path, **kw): return load_folder(tmp_path, **kw).about
+
+
+def test_gray_by_what_is_seen(tmp_path):
+    "Stored as color, as a palette or gray, it is gray; one picture in color makes three channels of all, and is named; what is asked for goes before."
+    for i in range(4): save(tmp_path, f"{i}.png", np.stack([pixels(8, 8, seed=i)]*3, -1))
+    Image.fromarray(pixels(8, 8)//16*16).convert("P").save(tmp_path/"p.png")
+    save(tmp_path, "l.jpg", pixels(8, 8))
+    d = load_folder(tmp_path)
+    assert d.shape == (1, 8, 8) and "8x8, gray;" in d.about and d.train.is_contiguous()
+    assert {bytes(pixels(8, 8, seed=i)) for i in range(4)} < {bytes(x.numpy()) for x in torch.cat([d.train, d.test])}
+    save(tmp_path, "red.png", pixels(8, 8, 3))
+    d = load_folder(tmp_path)
+    assert d.shape == (3, 8, 8) and "in color (1 of 7 are, the first red.png)" in d.about
+    assert load_folder(tmp_path, channels=1).shape == (1, 8, 8) and "8x8, gray;" in about(tmp_path, channels=1)
+    (tmp_path/"red.png").unlink()
+    assert load_folder(tmp_path, channels=3).shape == (3, 8, 8) and "8x8, in color;" in about(tmp_path, channels=3)
+
+
+def test_the_file_that_decided_the_size(tmp_path):
+    for i in range(5): save(tmp_path, f"{i}.png", pixels(64, 64, seed=i))
+    assert about(tmp_path).startswith("32x32, gray;")
+    save(tmp_path, "strip.png", pixels(9, 64))
+    assert about(tmp_path).startswith("8x8 (the smallest, strip.png, is 64x9; 32x32 without the 1 below that), gray;")
+    assert about(tmp_path, size=64).startswith("64x64, gray;")
+
+
+@pytest.mark.parametrize("size, better", [(97, 96), (100, 96), (34, 32), (60, 0), (64, 0), (30, 0), (28, 0), (36, 0), (8, 0), (9, 0), (256, 0), (257, 256)])
+def test_a_size_that_cannot_be_halved(size, better, tmp_path):
+    "As the U-Net of a folder halves it: the one that is named has a lowest level of at most 16 pixels."
+    for i in range(2): save(tmp_path, f"{i}.png", pixels(8, 8))
+    said = re.search(r"\((\d+)x\1 would be faster", about(tmp_path, size=size))
+    assert (int(said[1]) if said else 0) == better
+    lowest = lambda n: n//2**(len(_small_unet_args(n)["ch_mult"])-1)
+    assert (lowest(size) > 16) == (better > 0) and (not better or lowest(better) <= 16)
+
+
+def test_values_of_12_bits_are_pointed_out(tmp_path, capsys):
+    for i in range(3): save(tmp_path, f"{i}.png", pixels(8, 8, seed=i).astype(np.uint16)*16)
+    load_folder(tmp_path)
+    assert capsys.readouterr().err == f"note: all pixels in {tmp_path} are below 16 of 255, nearly black (of 16 bits the upper 8 are kept: stretch values of 12 bits first)\n"
+    save(tmp_path, "full.png", pixels(8, 8).astype(np.uint16)*256)
+    load_folder(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_look_would_tell(tmp_path):
+    for i in range(4): save(tmp_path, f"train/{i}.png", pixels(8, 8, seed=i))
+    assert about(tmp_path/"train") == "8x8, gray; a tenth, by name, is for testing"
+    save(tmp_path, "val/copy.png", pixels(8, 8, seed=2))
+    save(tmp_path, "val/new.png", pixels(8, 8, seed=8))
+    save(tmp_path, "train/black.png", np.zeros((8, 8), np.uint8))
+    save(tmp_path, "train/nothing.png", np.zeros((8, 8, 4), np.uint8))
+    assert about(tmp_path) == ("8x8, gray; 1 transparent, shown on white; 2 of one color; 1 the same as another; 1 both to train on and to test on; val is for testing")
 
 
 # ---- batches
@@ -665,6 +904,20 @@ def test_broken_gzip(tmp_path, no_network):
     for bad in (good[:100], good[:-1], b"text", good[:-8]+bytes(8), good[:50]+bytes(50)+good[100:]):
         (tmp_path/f"{IMAGES}.gz").write_bytes(bad)
         one_line(lambda: load_dataset("fashion_mnist", data_dir=tmp_path), f"{IMAGES}.gz is damaged")
+
+
+def test_a_gzip_bomb_is_not_unpacked(tmp_path, no_network):
+    "A quarter of a gigabyte of zeros behind a head that promises 30 images, or more than anyone has."
+    for n, a in fashion_files().items(): (tmp_path/(n+".gz")).write_bytes(gzip.compress(idx(a)))
+    for shape, said in (((30, 28, 28), "has 23521 values or more, not the 30x28x28"), ((2**31, 28, 28), "not the 2147483648x28x28")):
+        packer = zlib.compressobj(9, wbits=31)
+        bomb = packer.compress(struct.pack(">HBB3I", 0, 8, 3, *shape)) + b"".join(packer.compress(bytes(2**24)) for _ in range(16)) + packer.flush()
+        (tmp_path/f"{IMAGES}.gz").write_bytes(bomb)
+        tracemalloc.start()
+        one_line(lambda: load_dataset("fashion_mnist", data_dir=tmp_path), said)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < (2**22 if shape[0] == 30 else 2**31)
 
 
 # ---- LSUN

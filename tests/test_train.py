@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.utils._python_dispatch
 from conftest import Python
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_nbdev import machines
@@ -20,7 +21,7 @@ from ddpm_nbdev import train as T
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM, draw_samples
 from ddpm_nbdev.files import WeightsError, read_log, write_whole
-from ddpm_nbdev.run import Interrupted, only_writer, train
+from ddpm_nbdev.run import Interrupted, _save_samples, only_writer, train
 from ddpm_nbdev.saved import read_checkpoint
 from ddpm_nbdev.train import (EMA, PRESETS, ConfigError, TrainConfig, TrainingDiverged, _build_model, _small_unet_args, build_ddpm,
                               learning_rate, load_checkpoint, preset)
@@ -710,6 +711,25 @@ def test_presets_are_the_networks_of_that_name(name, unet):
 def test_presets_are_the_papers_networks(name, size, count):
     with torch.device("meta"): model = _build_model(PRESETS[name], (3, size, size))
     assert sum(p.numel() for p in model.parameters()) == count
+
+
+@pytest.mark.parametrize("x, said", [(torch.zeros(2, 1, 8, 8, dtype=torch.uint8), "got torch.uint8"), (torch.zeros(2, 1, 8, 8, dtype=torch.bool), "got torch.bool"), (torch.zeros(0, 1, 8, 8), r"\(0, 1, 8, 8\)|no image"),
+    (torch.zeros(0, 1, 8, 8, dtype=torch.uint8), r"\(0, 1, 8, 8\)|no image"), (torch.zeros(2, 1, 0, 8), r"no pixel in images \(2, 1, 0, 8\)")])
+def test_what_is_no_image_has_neither_loss_nor_bits(x, said):
+    ddpm = DDPM.from_pretrained("digits")
+    for call in (ddpm.loss, ddpm.bits_per_dim):
+        with pytest.raises(ValueError, match=said): call(x)
+
+
+@pytest.mark.parametrize("c", [1, 2, 4, 5])
+def test_any_number_of_channels_trains_and_is_drawn(c, tmp_path):
+    "Those that are neither gray nor red, green and blue stand side by side."
+    images = torch.randint(256, (4, c, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ddpm = train(replace(PRESETS["folder"], T=4, steps=1, batch_size=2, sample_n=4, size=None), tmp_path, data=T.Dataset("x", images, images))
+    assert ddpm.shape == (c, 8, 8)
+    _save_samples(images[:1], tmp_path/"one.png", 256)
+    shown = np.asarray(Image.open(tmp_path/"one.png"))[::4, ::4]
+    np.testing.assert_array_equal(shown, np.repeat(np.concatenate(list(images[0].numpy()), -1)[..., None], 3, -1))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "celebahq256", "lsun256", "lsun256_large"])
