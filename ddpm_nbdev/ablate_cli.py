@@ -34,8 +34,8 @@ def ddpm_ablate(
     seeds:int=2,              # trainings of each cell, with seeds 0, 1, ... (default 2)
     T:int=1000,               # steps of the diffusion (default 1000)
     samples:int=256,          # images drawn from each model (default 256)
-    processes:int=1,          # trainings at a time, each on one core (default 1)
-    overwrite:bool=False,     # begin anew, where a table is there
+    processes:int=1,          # trainings at a time; several: one core each (default 1)
+    overwrite:bool=False,     # begin anew: what `out` holds of both tables goes
     quiet:bool=False,         # print nothing but errors
 )->list[dict]:                # the finished rows
     """Train and measure each cell of Table 2, or of the schedules, with one budget:

@@ -77,6 +77,8 @@ def _choose_cells(
     "Cells by name. ConfigError that lists what is known, for an unknown name."
     if table not in TABLES:
         raise ConfigError(f"unknown table {table!r}; known: {', '.join(TABLES)}")
+    if only is not None and (isinstance(only, str) or not list(only)):
+        raise ConfigError("cells must be a list of names, at least one")
     known = {cell.name: cell for cell in TABLES[table]}
     for name in known if only is None else only:
         if name not in known:
@@ -112,15 +114,14 @@ class _Budget:
     dataset:str='digits' # images, and the preset and the judge of that name
     steps:int=900        # updates of the weights
     T:int=1000           # steps of the diffusion
-    samples:int=256      # images drawn from each model; bits/dim of as many test images
+    samples:int=256      # images drawn from each model, and test images for bits/dim
 
     def __post_init__(self):
         if self.dataset not in _JUDGES:
             raise ConfigError(f"no judge for {self.dataset!r}; there is one for: "
                               f"{', '.join(_JUDGES)}")
         if not isinstance(self.samples, int) or self.samples < 2:
-            raise ConfigError("samples must be a whole number, at least 2, "
-                              f"got {self.samples}")
+            raise ConfigError("samples must be a whole number, at least 2")
         _cell_config(TABLES['objectives'][0], self, 0)
 
 def _cell_config(
@@ -244,9 +245,8 @@ def _run_jobs(
                 process, pipe = _start(waiting[0])
                 running[pipe] = process, waiting.pop(0)
             for pipe in multiprocessing.connection.wait(list(running)):
-                process, job = running.pop(pipe)
-                _ended(process, pipe)
-                done(job)
+                _ended(running[pipe][0], pipe)
+                done(running.pop(pipe)[1])
     except BaseException:
         for process, _ in running.values(): process.terminate()
         raise
@@ -297,7 +297,7 @@ def _written(number, form):
     return ' ± '.join(f"{v:{form}}" for v in number.values() if v is not None)
 
 def markdown_table(
-    rows:list[dict],        # as `_read_rows` gives them
+    rows:list[dict],        # as `ablate` returns them
     dataset:str='digits',   # which judge's FID it is
     columns=tuple(_COLUMNS),# some of them
 )->str:
@@ -349,6 +349,8 @@ def _claim(out, budget, overwrite):
     if overwrite:
         for name in {cell.name for cells in TABLES.values() for cell in cells}:
             for run in out.glob(f'{name}-seed*'): shutil.rmtree(run)
+        for name in TABLES:
+            for file_of in out.glob(f'{name}.*'): file_of.unlink()
     write_json(file, mine)
 
 def _open_jobs(out, cells, seeds, budget):
@@ -404,12 +406,13 @@ def _write_table(out, table, budget):
 
 def _check_counts(seeds, processes):
     "The seeds as a list. ConfigError unless there are some, and some processes."
-    seeds = list(range(seeds) if isinstance(seeds, int) else seeds)
-    if not seeds or any(not isinstance(s, int) or s < 0 for s in seeds):
-        raise ConfigError(f"seeds must be whole numbers, at least one, got {seeds}")
-    if not isinstance(processes, int) or processes < 1:
-        raise ConfigError("processes must be a whole number, at least 1, "
-                          f"got {processes}")
+    whole = lambda v: isinstance(v, int) and not isinstance(v, bool)
+    try: seeds = list(range(seeds) if whole(seeds) else seeds)
+    except TypeError: seeds = []
+    if not seeds or not all(whole(s) and 0 <= s < 2**32 for s in seeds):
+        raise ConfigError("seeds must be whole numbers, at least one, or how many")
+    if not whole(processes) or processes < 1:
+        raise ConfigError("processes must be a whole number, at least 1")
     return seeds
 
 # %% ../nbs/19_ablation.ipynb #1f0583ef
@@ -418,12 +421,12 @@ def ablate(
     out:str|Path='ablation',  # folder of the table; what is finished there stays
     steps:int=900,            # updates of each training
     seeds=(0, 1),             # a training for each; a number n means 0..n-1
-    processes:int=1,          # trainings at a time, each with one thread
+    processes:int=1,          # trainings at a time; several: with one thread each
     cells=None,               # names of some cells; None: all of the table
     T:int=1000,               # steps of the diffusion
     samples:int=256,          # images drawn from each model
     table:str='objectives',   # 'objectives' (Table 2) or 'schedules' (App. B)
-    overwrite:bool=False,     # begin anew
+    overwrite:bool=False,     # begin anew: all that `out` holds of both tables goes
     say:Callable=lambda text: None, # told what is going on, line by line
 )->list[dict]:                # the finished rows of the table in `out`
     """Table 2 at small scale: train each cell with the same budget, measure it, write
