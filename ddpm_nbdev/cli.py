@@ -28,10 +28,11 @@ from .machines import (PRECISIONS, LowPrecision, _processes, join_processes, ran
 from .measures import _check_quality, _with_quality, quality_of
 from .models import (_add_metrics, _chain_name, _data_of, _free_name,
                                _metrics_file, find_model)
+from .plot import _save_curve
 from .quality import report
 from .run import (Interrupted, _can_show_progress, _check_folder, _data_for,
-                            _restarted, _resume_command, _save_curve, _save_samples,
-                            _settings_of_run, only_writer, train)
+                            _restarted, _resume_command, _save_samples, _settings_of_run,
+                            only_writer, train)
 from .saved import _mse_to_config, checkpoint_header, current_weights
 from .train import ConfigError, TrainConfig, _changed
 from .train import preset as preset_settings
