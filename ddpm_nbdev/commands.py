@@ -18,6 +18,7 @@ from functools import wraps
 import torch
 from fastcore.docments import docments
 
+from . import __version__
 from .machines import PRECISIONS, rank, size
 from .run import Interrupted
 from .train import ConfigError
@@ -28,6 +29,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         "Say it on stderr and exit with status 2."
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+def _version(name): return f"{name} {__version__}"
 
 def _flag(name): return '--' + name.replace('_', '-')
 
@@ -46,9 +49,6 @@ def _add_setting(
         said = comment if '(default: ' in comment else f"{comment} ({default})"
         parser.add_argument(_flag(name), type=plain, help=said,
                             metavar=plain.__name__.upper(), **kw)
-    elif len(kinds) == 1:
-        parser.add_argument(_flag(name), action='store_const', const=True, help=comment,
-                            **kw)
     else:
         group = parser.add_mutually_exclusive_group()
         for flag, value, text in ((_flag(name), True, comment),
@@ -63,6 +63,7 @@ def _make_parser(
 )->_Parser:
     "The parser of a command."
     parser = _Parser(prog=func.__name__, description=func.__doc__, allow_abbrev=False)
+    parser.add_argument('--version', action='version', version=_version(func.__name__))
     empty, var = inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD
     rest = [n for n, p in inspect.signature(func).parameters.items() if p.kind is var]
     for name, p in docments(func, full=True, returns=False).items():
@@ -138,6 +139,9 @@ def _run_by_name(
 ):
     "Run the command that the command line names; usage and status 2 if it names none."
     name = ''.join(sys.argv[1:2]).removeprefix('ddpm_')
+    if name == '--version':
+        print(_version('ddpm_nbdev'))
+        sys.exit(0)
     if name not in commands:
         print(f"usage: python -m ddpm_nbdev.{module} {{{','.join(commands)}}} ... "
               "(--help after one of them says more)", file=sys.stderr)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -180,6 +180,22 @@ def test_overwrite(call, run):
 
 def test_short_T_is_pointed_out(call):
     assert "does not end in pure noise" in call(ddpm_train, "digits", *QUICK)[1]
+
+
+def test_an_average_that_is_still_noise_is_pointed_out(call, here):
+    "Before and after training; and --raw draws with the weights themselves."
+    status, out, _ = call(ddpm_train, "digits", *QUICK, "--ema-decay", .9, "--no-ema-warmup", "--lr", .05, "--warmup", 0, "--samples", 0)
+    assert status == 0 and "after 4 steps 66% of the average will still be" in out and "note: 66% of the average is still" in out
+    args = shlex.split(re.search(r"(ddpm_sample runs/digits --raw) draws", out).group(1))[1:]
+    assert call(ddpm_sample, *args, "--n", 4, "--out", "raw.safetensors")[0] == 0
+    drawn = draw_samples(load_checkpoint(here/"runs/digits", ema=False), 4)
+    assert torch.equal(load_file(here/"raw.safetensors")["images"], drawn)
+    assert not torch.equal(draw_samples(load_checkpoint(here/"runs/digits"), 4), drawn)
+    status, out, _ = call(ddpm_train, "digits", *QUICK, "--samples", 0, "--out", "short")
+    assert status == 0 and "of the average" not in out
+    failed(call(ddpm_sample, "digits", "--raw"), 1, "digits: no checkpoint.safetensors there")
+    (here/"runs/digits/checkpoint.safetensors").unlink()
+    failed(call(ddpm_sample, "runs/digits", "--raw"), 1, "no checkpoint.safetensors there")
 
 
 def test_sample_options(call, here, finished):
@@ -512,7 +528,8 @@ def test_options_of_training_are_the_settings(call):
     from fastcore.docments import docments
     status, said, _ = call(ddpm_train, "--help")
     said, comments = " ".join(said.split()), docments(TrainConfig)
-    assert status == 0 and len(cli._OFFERED.split()) == 16
+    scalars = [f.name for f in fields(TrainConfig) if f.name not in ("dataset", "model", "model_args", "schedule_args")]
+    assert status == 0 and cli._OFFERED.split() == scalars and len(scalars) == 28
     for name in cli._OFFERED.split():
         assert f"--{name.replace('_', '-')}" in said and " ".join(comments[name].split()) in said, name
 
@@ -603,6 +620,48 @@ def test_options_reach_the_settings(call, here):
     assert {"checkpoints/0000002.safetensors", "checkpoints/0000004.safetensors", "samples/000002.png", "curve.png"} <= files.keys() and "samples.png" not in files
     status, out, _ = call(ddpm_sample, "runs/digits/checkpoints/0000002.safetensors", "--n", 2)
     assert status == 0 and (here/"0000002.safetensors_samples.png").exists()
+
+
+def test_every_scalar_setting_is_an_option(call, here):
+    args = ["--objective", "vlb", "--variance", "learned", "--mean", "x0", "--schedule", "quadratic", "--dropout", .1, "--warmup", 3, "--grad-clip", 2,
+            "--ema-decay", .5, "--no-ema-warmup", "--channels", 1, "--sample-n", 3, "--samples", 0, "--quiet"]
+    assert call(ddpm_train, "digits", *QUICK, *args) == (0, "", "")
+    config = json.loads((here/"runs/digits/metrics.json").read_text())["config"]
+    want = dict(objective="vlb", variance="learned", mean="x0", schedule="quadratic", dropout=.1, warmup=3, grad_clip=2., ema_decay=.5, ema_warmup=False, channels=1, sample_n=3)
+    assert {k: config[k] for k in want} == want
+    failed(call(ddpm_train, "digits", "--variance", "learned"), 2, "variance='learned' needs objective='vlb'")
+
+
+@pytest.mark.parametrize("source", ["metrics.json", "checkpoint.safetensors", "", "plain.json", "plain.toml"])
+def test_settings_from_a_file(source, call, here):
+    "Of a run, its checkpoint, its numbers, or written by hand; options go before the file, the file before the preset."
+    if source.endswith("toml") and sys.version_info < (3, 11): pytest.skip("this Python reads no TOML")
+    assert call(ddpm_train, "digits", *QUICK, "--lr", .003, "--samples", 0, "--out", "old", "--quiet")[0] == 0
+    (here/"old/plain.json").write_text('{"T": 4, "steps": 4, "batch_size": 4, "lr": 0.003}')
+    (here/"old/plain.toml").write_text("T = 4\nsteps = 4\nbatch_size = 4\nlr = 0.003\n")
+    status, _, err = call(ddpm_train, "digits", "--config", here/"old"/source, "--seed", 5, "--samples", 0, "--out", "new", "--quiet")
+    assert (status, err) == (0, "")
+    old, new = (json.loads((here/n/"metrics.json").read_text())["config"] for n in ("old", "new"))
+    assert new == old | {"seed": 5} and new["lr"] == .003
+    assert call(ddpm_train, "digits", "--resume", "--out", "new", "--quiet", "--samples", 0)[0] == 0
+
+
+@pytest.mark.parametrize("text, status, said", [("{", 1, "a.json: not JSON"), ("[1]", 1, "not a configuration but a list"), ('{"config": 3}', 2, "a.json: its config must be a table, got int"),
+    ('{"colour": 3}', 2, "unknown setting 'colour'"), ('{"steps": 0}', 2, "steps must be"), ('{"lr": "x"}', 2, "lr must be")])
+def test_a_bad_file_of_settings_is_one_line(text, status, said, call, here):
+    (here/"a.json").write_text(text)
+    failed(call(ddpm_train, "digits", "--config", "a.json"), status, said)
+    failed(call(ddpm_train, "digits", "--config", "none.json"), 1, "none.json: no such file")
+    failed(call(ddpm_train, "digits", "--config", "a.json", "--resume"), 2, "--config and --resume exclude each other")
+    (here/"a.toml").write_text("x = = 2")
+    failed(call(ddpm_train, "digits", "--config", "a.toml"), 1, "a.toml")
+    assert sorted(p.name for p in here.iterdir()) == ["a.json", "a.toml"]
+
+
+def test_every_command_says_its_version(call):
+    from ddpm_nbdev import __version__, ablate_cli, codec_cli, interpolate_cli
+    commands = ddpm_train, ddpm_sample, ddpm_evaluate, codec_cli.ddpm_compress, codec_cli.ddpm_decompress, interpolate_cli.ddpm_interpolate, ablate_cli.ddpm_ablate
+    for command in commands: assert call(command, "--version") == (0, f"{command.__name__} {__version__}\n", "")
 
 
 def test_no_flip(call, here):
