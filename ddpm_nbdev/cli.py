@@ -96,7 +96,7 @@ def _summarize(metrics, out, say):
     say(f"to sample again: {again}")
 
 # %% ../nbs/20_cli.ipynb #a6fe7d89
-def _measure(plan, ddpm, samples, out, say, progress):
+def _measure(plan, ddpm, samples, out, say, progress, again):
     "Draw and measure at the end of a run: images, and what goes into metrics.json."
     cfg, start = plan.cfg, time.perf_counter()
     trained = checkpoint_header(out/'checkpoint.safetensors')['seconds']
@@ -107,7 +107,7 @@ def _measure(plan, ddpm, samples, out, say, progress):
         measured = report(ddpm, plan.data, drawn)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the trained network is saved; to sample and "
-                          f"measure it: {_resume_command(cfg, out)}") from None
+                          f"measure it: {again}") from None
     metrics = {'seconds_training': round(trained, 1), **measured,
                'seconds_measuring': round(time.perf_counter()-start, 1),
                'parameters': sum(p.numel() for p in ddpm.model.parameters()),
@@ -116,9 +116,9 @@ def _measure(plan, ddpm, samples, out, say, progress):
     same = plan.finished and plan.old.get('config', {}).get('steps') == cfg.steps
     if same: metrics['evaluation'] = plan.old['evaluation']          # of these weights
     else:
-        again = shlex.join(['ddpm_evaluate', str(out)])
+        evaluate = shlex.join(['ddpm_evaluate', str(out)])
         say("note: what ddpm_evaluate measured was a shorter run, and is gone; "
-            f"again: {again}")
+            f"again: {evaluate}")
     return drawn, metrics
 
 _NO_OPTIONS = 'dataset', 'model', 'model_args', 'schedule_args'
@@ -156,10 +156,12 @@ def ddpm_train(
         plan = _plan_training(out, dataset, preset, settings, device, data_dir,
                               resume, overwrite)
         _announce(plan, dataset, out, say)
+        again = _resume_command(dataset, out, data_dir=data_dir, samples=samples,
+                                device=device)
         ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
-                     progress=not quiet, data=plan.data)
+                     progress=not quiet, data=plan.data, again=again)
         progress = not quiet and _can_show_progress()
-        drawn, metrics = _measure(plan, ddpm, samples, out, say, progress)
+        drawn, metrics = _measure(plan, ddpm, samples, out, say, progress, again)
         if rank(): return metrics
         if len(drawn): _save_samples(drawn, out/'samples.png', plan.data.levels)
         _save_curve(out, plan.cfg.dataset)

@@ -39,8 +39,9 @@ from .train import (ConfigError, TrainConfig, TrainingDiverged, TrainState,
                               learning_rate, training_step)
 
 # %% ../nbs/13a_run.ipynb #35f36480
+# what may change when a run goes on; the images are known by their checksum
 _RESUMABLE = ('steps', 'log_every', 'checkpoint_every', 'keep_last', 'keep_every',
-              'sample_every', 'sample_n')          # what may change when a run goes on
+              'sample_every', 'sample_n', 'dataset')
 _RESULTS = ('model.safetensors', 'config.json', 'metrics.json', 'samples.png',
             'curve.png')
 
@@ -287,6 +288,7 @@ def train(
     overwrite:bool=False,    # replace the run in `out`
     progress:bool=True,      # draw a progress bar (if anybody can see it)
     data:Dataset|None=None,  # None loads `cfg.dataset`
+    again:str|None=None,     # what to type to go on (default: the shortest that does)
 )->DDPM:                     # with the averaged weights; also saved in `out`
     """Algorithm 1, with the optimizer of Appendix B, and with files. ValueError for a
     folder or settings that do not fit, Interrupted when it was stopped and saved."""
@@ -302,7 +304,8 @@ def train(
             state = TrainState(cfg, data, device)       # before anything is written
             run = RunFolder(out, resume, overwrite)
             if resume: run.restore(state)
-            _loop(run, state, batches, stop, progress)
+            again = again or _resume_command(cfg.dataset, out)
+            _loop(run, state, batches, stop, progress, again)
             ddpm = state.averaged()
             if run.writes: ddpm.save(out, state.step)
             sum_over_processes(torch.zeros(1))    # nobody goes on before they are there
@@ -321,6 +324,7 @@ def _loop(
     batches:Batches,  # gives the images
     stop:list,        # not empty: somebody wants it to stop
     progress:bool,    # draw a progress bar
+    again:str,        # what to type to go on
 ):
     "Update until the settings' last step; log, save, draw; Interrupted if stopped."
     cfg, start = state.cfg, time.perf_counter() - state.seconds
@@ -341,14 +345,18 @@ def _loop(
         if draw and not last: run.draw(state)
         if stopping:
             raise Interrupted(f"stopped after step {state.step} of {cfg.steps}; "
-                              f"to go on: {_resume_command(cfg, run.path)}")
+                              f"to go on: {again}")
 
 def _resume_command(
-    cfg:TrainConfig, # of the run
-    out:str|Path,    # its folder
+    dataset:str,   # of the run
+    out:str|Path,  # its folder
+    **options,     # that it was called with; None: not given
 )->str:
     "What to type to go on."
-    return shlex.join(['ddpm_train', cfg.dataset, '--out', str(out), '--resume'])
+    given = [[f"--{k.replace('_', '-')}", str(v)] for k, v in options.items()
+             if v is not None]
+    return shlex.join(['ddpm_train', dataset, '--out', str(out), '--resume',
+                       *sum(given, [])])
 
 # %% ../nbs/13a_run.ipynb #cf77346b
 # L_simple by step, as reported in the README of tqch/ddpm-torch
@@ -387,12 +395,18 @@ def _settings_of_run(
     out:Path,      # a run's folder
     dataset:str,   # what the user asked for
 )->TrainConfig:
-    "The settings that a run began with. ValueError if it is on another dataset."
+    """The settings that a run began with, and where its images are now. ValueError if it
+    is on another kind of dataset."""
     saved = checkpoint_header(out/'checkpoint.safetensors')['config']
-    if saved['dataset'] != dataset:
+    if saved['dataset'].partition(':')[0] != dataset.partition(':')[0]:
         raise ValueError(f"{out} holds a run on {saved['dataset']}, not {dataset}")
-    known = [f.name for f in fields(TrainConfig) if f.name in saved]
-    return TrainConfig(**{name: saved[name] for name in known})
+    known = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
+    return TrainConfig(**known | {'dataset': _absolute(dataset)})
+
+def _absolute(dataset:str)->str:
+    "A dataset's name that holds in every working directory."
+    kind, _, path = dataset.partition(':')
+    return f"{kind}:{Path(path).expanduser().resolve()}" if path else dataset
 
 def _restarted(
     out:Path,        # the run's folder

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/19d_runs.ipynb #d35c9873
+# %% ../nbs/19d_runs.ipynb #4c464037
 import importlib
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +18,12 @@ from .commands import _choose_device
 from .data import Dataset, load_dataset
 from .files import WeightsError, read_json, read_metrics
 from .machines import size
-from .run import _check_folder, _restarted, _settings_of_run
+from .run import _absolute, _check_folder, _restarted, _settings_of_run
 from .saved import checkpoint_header
 from .train import EMA, ConfigError, TrainConfig, _changed
 from .train import preset as preset_settings
 
-# %% ../nbs/19d_runs.ipynb #98c666dc
+# %% ../nbs/19d_runs.ipynb #ae55ef60
 def _check_call(
     samples:int|None,  # as asked for
     resume:bool,       # go on with a run?
@@ -78,7 +79,7 @@ def _settings_for(
 )->TrainConfig:
     "The preset with the user's changes; one shard for each process unless asked."
     processes = int(os.environ.get('WORLD_SIZE', 1))
-    return preset_settings(dataset, name, **{'shards': processes} | changes)
+    return preset_settings(_absolute(dataset), name, **{'shards': processes} | changes)
 
 def _plan_training(
     out:Path,        # the run's folder
@@ -97,7 +98,9 @@ def _plan_training(
     checkpoint = out/'checkpoint.safetensors'
     finished = resume and checkpoint_header(checkpoint)['step'] == cfg.steps
     device = _choose_device(device)
-    data = load_dataset(cfg.dataset, cfg.size, cfg.channels, data_dir)
+    data = load_dataset(dataset, cfg.size, cfg.channels, data_dir)
+    by_name = dataset.startswith('lsun:') and cfg.flip is None   # and a name may change
+    if by_name and not resume: cfg = replace(cfg, flip=data.flip)
     return _Plan(cfg, data, device, resume, overwrite, finished, old)
 
 def _share_of_the_start(cfg)->float:

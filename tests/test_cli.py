@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ddpm_nbdev import cli, models, quality
+from ddpm_nbdev import run as cli_run
 from ddpm_nbdev import train as train_module
 from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
 from ddpm_nbdev.commands import _make_parser, _one_line
@@ -146,6 +147,60 @@ def test_resume_takes_the_settings_of_the_run(call, here):
     assert call(ddpm_train, "digits", "--T", 4, "--steps", 6, "--batch-size", 4, "--seed", 9, "--out", "whole")[0] == 0
     whole = read_checkpoint(here/"whole/checkpoint.safetensors")[0]
     assert all(torch.equal(tensors[k], whole[k]) for k in whole)
+
+
+def test_a_run_is_not_its_path(call, here, pictures, monkeypatch):
+    "Another spelling, another working directory, moved pictures, a moved run: the same run; other pictures: another."
+    def go(*args): return call(ddpm_train, *args, "--samples", 0, "--quiet")
+    def stored(run): return read_checkpoint(run/"checkpoint.safetensors")[1]["config"]["dataset"]
+    assert go("folder:pictures", *QUICK, "--out", "run") == (0, "", "") and stored(here/"run") == f"folder:{pictures.resolve()}"
+    (here/"elsewhere").mkdir()
+    (here/"linked").symlink_to(pictures)
+    for i, spelled in enumerate(("./pictures", "pictures/", str(pictures), "elsewhere/../pictures", "linked")):
+        assert go(f"folder:{spelled}", "--out", "run", "--resume", "--steps", 5+i) == (0, "", ""), spelled
+    monkeypatch.chdir(here/"elsewhere")
+    assert go("folder:../pictures", "--out", "../run", "--resume", "--steps", 10)[0] == 0
+    assert call(ddpm_evaluate, here/"run", "--images", 1, "--curve-images", 1, "--quiet")[0] == 0            # which knows where they are
+    (here/"run").rename(here/"renamed")
+    pictures.rename(here/"moved")
+    assert go("folder:../moved", "--out", "../renamed", "--resume", "--steps", 11) == (0, "", "") and stored(here/"renamed").endswith("/moved")
+    assert [r["step"] for r in read_log(here/"renamed")] == [4, 5, 6, 7, 8, 9, 10, 11]
+    before = contents(here/"renamed")
+    failed(go("folder:../pictures", "--out", "../renamed", "--resume"), 1, "no such folder: ../pictures")
+    Image.new("RGB", (9, 10)).save(here/"moved/3.png")
+    failed(go("folder:../moved", "--out", "../renamed", "--resume", "--steps", 12), 1, "the training images are not those it began with")
+    assert contents(here/"renamed") == before
+
+
+def test_a_name_that_says_whether_to_flip_is_asked_once(call, here, monkeypatch):
+    "LSUN's bedrooms are not mirrored: in a renamed folder, the same run."
+    from ddpm_nbdev.data import DATASETS
+    digits = load_dataset("digits")
+    monkeypatch.setitem(DATASETS, "lsun", lambda path, *a: replace(digits, flip="bedroom" not in path))
+    size = ["--preset", "digits", "--samples", 0, "--quiet"]
+    for name in "bedroom", "church": assert call(ddpm_train, f"lsun:{name}", *QUICK, *size) == (0, "", "")
+    assert [json.loads((here/f"runs/{n}/metrics.json").read_text())["config"]["flip"] for n in ("bedroom", "church")] == [False, True]
+    assert call(ddpm_train, "lsun:other", "--out", "runs/bedroom", "--resume", "--steps", 6, "--samples", 0)[0] == 0
+    assert json.loads((here/"runs/bedroom/metrics.json").read_text())["config"]["flip"] is False
+
+
+def test_the_printed_command_goes_on(call, here, pictures, monkeypatch):
+    "It has all that it needs, and does what the first one would have done."
+    step = cli_run.training_step
+    def stopped(state, batches):
+        if state.step == 2: signal.raise_signal(signal.SIGINT)
+        return step(state, batches)
+    args = ["folder:pictures", *QUICK, "--samples", 0, "--data-dir", "my data", "--device", "cpu", "--seed", 3]
+    with monkeypatch.context() as m:
+        m.setattr(cli_run, "training_step", stopped)
+        status, _, err = call(ddpm_train, *args, "--out", "my run")
+    assert status == 130
+    words = shlex.split(re.search(r"to go on: ddpm_train (.*)", err).group(1))
+    assert words == ["folder:pictures", "--out", "my run", "--resume", "--data-dir", "my data", "--samples", "0", "--device", "cpu"]
+    assert call(ddpm_train, *words)[0] == 0 and not (here/"my run/samples.png").exists()
+    assert call(ddpm_train, *args, "--out", "whole")[0] == 0
+    a, b = (read_checkpoint(here/n/"checkpoint.safetensors")[0] for n in ("my run", "whole"))
+    assert all(torch.equal(a[k], b[k]) for k in b)
 
 
 def test_an_evaluation_outlives_a_resume_of_the_same_weights(call, run):
