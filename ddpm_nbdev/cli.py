@@ -5,6 +5,13 @@
 # %% auto #0
 __all__ = ['ddpm_train', 'ddpm_sample', 'ddpm_evaluate']
 
+# %% ../nbs/20_cli.ipynb #711f109d
+from .start import _answer_ctrl_c
+
+# %% ../nbs/20_cli.ipynb #3c4e56d8
+#| eval: false
+if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.cli')    # while the rest is read
+
 # %% ../nbs/20_cli.ipynb #67f92688
 import os
 import shlex

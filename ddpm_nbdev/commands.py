@@ -13,6 +13,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import wraps
 
 import torch
@@ -21,6 +22,7 @@ from fastcore.docments import docments
 from . import __version__
 from .machines import PRECISIONS, rank, size
 from .run import Interrupted
+from .start import _ctrl_c_as_before
 from .train import ConfigError
 
 # %% ../nbs/19a_commands.ipynb #a76763ac
@@ -93,11 +95,51 @@ def _one_line(
         return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
     return ' '.join(str(e).split()) or type(e).__name__
 
+# %% ../nbs/19a_commands.ipynb #0297c4ba
+class _Output:
+    "Standard output, or error, whose loss stops nothing, or only what just prints."
+    def __init__(self,
+        file,                 # `sys.stdout`, say; None where it is closed
+        only_prints:bool=False, # raise an OSError when it is lost, which says so
+    ): self.file, self.only_prints = file or open(os.devnull, 'w'), only_prints
+
+    def __getattr__(self, name): return getattr(self.file, name)
+
+    def write(self,
+        text:str, # to be said
+    )->int:
+        "Write, if that can be."
+        return self.attempt(self.file.write, text) or len(text)
+
+    def flush(self):
+        "Flush, if that can be."
+        self.attempt(self.file.flush)
+
+    def attempt(self, do, *args):
+        "Call it; when that fails, what is said later, at the end too, goes nowhere."
+        try: return do(*args)
+        except OSError as e:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try: os.dup2(nowhere, self.file.fileno())
+            except (OSError, ValueError): self.file = open(os.devnull, 'w')
+            os.close(nowhere)
+            if self.only_prints:
+                raise OSError(e.errno, e.strerror, 'standard output') from e
+
 # %% ../nbs/19a_commands.ipynb #ed6ce2d8
-def _run(func, parser, name):
+def _run(func, parser, name, only_prints=False):
     "Call the function with the options of the command line; end with a status."
+    _ctrl_c_as_before()                           # everything has been read
+    with redirect_stdout(_Output(sys.stdout, only_prints)), \
+         redirect_stderr(_Output(sys.stderr)):
+        _run_and_end(func, parser, name)
+
+def _run_and_end(func, parser, name):
+    "Parse, call, end."
     options = vars(parser.parse_args())
-    try: func(**options)
+    try:
+        func(**options)
+        sys.stdout.flush()                        # what was printed may be lost only now
     except ConfigError as e: parser.error(_one_line(e))
     except KeyboardInterrupt as e:
         why = _one_line(e) if isinstance(e, Interrupted) else 'interrupted'
@@ -118,18 +160,19 @@ def command(
     settings=None,  # a dataclass, whose fields `func` takes as `**settings`
     offered:str='', # names of the fields that become options
     default:str='', # for the help: where their defaults come from
+    only_prints:bool=False, # has it failed when nobody can read what it says?
 ):
     """The function from Python; called without arguments, a command that parses
     sys.argv and exits: 0 done, 1 could not be done, 2 wrong usage, 130 stopped."""
     if func is None:
-        return lambda func: command(func, settings, offered, default)
+        return lambda func: command(func, settings, offered, default, only_prints)
     @wraps(func)
     def run(*args, **kwargs):
         if args or kwargs: return func(*args, **kwargs)
         parser = _make_parser(func, settings, offered, default)
         number = os.environ.get('RANK', '0')
         name = parser.prog if number == '0' else f"{parser.prog} (process {number})"
-        _run(func, parser, name)
+        _run(func, parser, name, only_prints)
     return run
 
 # %% ../nbs/19a_commands.ipynb #deee9638

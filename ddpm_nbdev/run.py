@@ -258,11 +258,11 @@ def _remove_empty(folders):
 
 # %% ../nbs/13a_run.ipynb #95170bf3
 class Interrupted(KeyboardInterrupt):
-    "Training was stopped by Ctrl-C or SIGTERM, and saved."
+    "Training was stopped by a signal, such as Ctrl-C sends, and saved."
 
 @contextmanager
 def _finish_step_first():
-    "Inside the block a first Ctrl-C or SIGTERM only fills the list that it is given."
+    "Inside the block a first signal to stop only fills the list that it is given."
     caught = []
     def handler(signum, frame):
         if caught: raise KeyboardInterrupt
@@ -270,10 +270,16 @@ def _finish_step_first():
     if threading.current_thread() is not threading.main_thread():
         yield caught                           # only the main thread may handle signals
         return
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, handler) for s in _signals_to_stop()}
     try: yield caught
     finally:
         for s, h in before.items(): signal.signal(s, h)
+
+def _signals_to_stop()->list:
+    "Ctrl-C, a cluster, a terminal that is closed: but not where `nohup` holds that off."
+    hangup = getattr(signal, 'SIGHUP', None)                      # Windows has none
+    heard = hangup and signal.getsignal(hangup) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM] + [hangup]*bool(heard)
 
 def _can_show_progress()->bool:
     "Does this process have someone to see a progress bar: a terminal or a notebook?"

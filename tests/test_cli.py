@@ -813,6 +813,29 @@ def test_ctrl_c_and_on(here):
     assert (here/"run/metrics.json").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("where", ["full", "closed", "broken"])
+def test_training_outlives_its_output(where, here):
+    "A full disk behind stdout, none at all, a reader who has gone: the run is whole, and its status is that of a run."
+    args = [sys.executable, "-m", "ddpm_nbdev.cli", "train", "digits", *QUICK, "--samples", "0", "--out", "run"]
+    behind = {"full": "exec >/dev/full", "closed": "exec >&-", "broken": ":"}[where]
+    r, w = os.pipe()
+    os.close(r)                                                            # who writes there gets EPIPE
+    p = subprocess.run(["sh", "-c", f'{behind}; exec "$@"', "sh", *args], env=ENV, stdout=w, stderr=subprocess.PIPE, text=True)
+    os.close(w)
+    assert (p.returncode, p.stderr) == (0, "") and (here/"run/metrics.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+@pytest.mark.parametrize("command", [["-m", "ddpm_nbdev.cli", "train", "digits"], ["-m", "ddpm_nbdev.codec_cli"], ["-c", "from ddpm_nbdev.start import ddpm_sample; ddpm_sample()"]])
+def test_ctrl_c_while_torch_is_read(command, here):
+    p = subprocess.Popen([sys.executable, *command], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while p.poll() is None and "torch" not in open(f"/proc/{p.pid}/maps").read(): time.sleep(.002)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert (p.returncode, out) == (130, "") and len(err.strip().splitlines()) == 1 and "interrupted before anything began" in err, err
+
+
 def evaluated(path): return json.loads(path.read_text())["evaluation"]
 
 
