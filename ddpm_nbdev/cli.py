@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['ddpm_train', 'ddpm_sample', 'ddpm_evaluate']
 
-# %% ../nbs/20_cli.ipynb #711f109d
+# %% ../nbs/20_cli.ipynb #c27cf8e3
 from .start import _answer_ctrl_c
 
-# %% ../nbs/20_cli.ipynb #3c4e56d8
+# %% ../nbs/20_cli.ipynb #54589848
 #| eval: false
 if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.cli')    # while the rest is read
 
@@ -37,8 +37,9 @@ from .models import (_add_metrics, _chain_name, _data_of, _free_name,
 from .quality import report
 from .run import (Interrupted, _can_show_progress, _resume_command, _save_curve,
                             _save_samples, only_writer, train)
-from .runs import (_announce, _check_call, _plan_training, _settings_for,
-                             _settings_in, _share_of_the_start)
+from .runs import (_announce, _begins_with, _check_call, _check_shape,
+                             _plan_training, _settings_for, _settings_in,
+                             _share_of_the_start)
 from .saved import _mse_to_config, checkpoint_header, current_weights
 from .train import ConfigError, TrainConfig
 
@@ -136,6 +137,7 @@ def ddpm_train(
     dataset:str,           # digits, fashion_mnist, cifar10, lsun:PATH or folder:PATH
     *,
     preset:str=None,       # settings by name (default: what goes with the dataset)
+    init:str=None,         # begin with the weights of a model that ddpm_sample takes
     config:str=None,       # file of settings: JSON, TOML, a run's metrics or checkpoint
     samples:int=None,      # images drawn at the end (default: 64, fewer if slow)
     data_dir:str=None,     # folder of the dataset (default: $DDPM_DATA, or download)
@@ -151,8 +153,9 @@ def ddpm_train(
     fashion_mnist, cifar10, celebahq256, lsun256, lsun256_large. Under torchrun, on many
     devices."""
     settings = {k: v for k, v in settings.items() if v is not None}
-    _check_call(samples, resume, preset=preset, config=config)
+    _check_call(samples, resume, preset=preset, config=config, init=init)
     if config: settings = _settings_in(config) | settings
+    first, settings = _begins_with(init, dataset, settings)
     if not resume: _settings_for(dataset, preset, settings)   # wrong values come first
     kind, _, path = dataset.partition(':')
     name = Path(path).expanduser().resolve().name if path else kind
@@ -162,11 +165,13 @@ def ddpm_train(
     with only_writer(out):
         plan = _plan_training(out, dataset, preset, settings, device, data_dir,
                               resume, overwrite)
+        _check_shape(init, first, plan.data)
         _announce(plan, dataset, out, say)
         again = _resume_command(dataset, out, data_dir=data_dir, samples=samples,
                                 device=device)
         ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
-                     progress=not quiet, data=plan.data, again=again)
+                     progress=not quiet, data=plan.data, again=again,
+                     init=first)
         progress = not quiet and _can_show_progress()
         drawn, metrics = _measure(plan, ddpm, samples, out, say, progress, again)
         if rank(): return metrics

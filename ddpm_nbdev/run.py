@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .data import Batches, Dataset, load_dataset
 from .ddpm import DDPM, draw_samples
-from .files import read_log, write_whole
+from .files import load_weights, read_log, write_whole
 from .machines import (any_process, join_processes, rank, size,
                                  sum_over_processes)
 from .noise import own_randomness
@@ -177,11 +177,12 @@ class RunFolder:
 
     def diverged(self, step, what):
         "The error that ends a run, with the way back."
-        kept = "there is no checkpoint yet"
+        kept, way = "there is no checkpoint yet", ''
         if self.saved_step:
             kept = f"the checkpoint of step {self.saved_step} is kept in {self.path}"
+            way = f": a new run with --init {shlex.quote(str(self.path))} begins there"
         return TrainingDiverged(f"training diverged at step {step} ({what}); {kept}; "
-                                "try a smaller learning rate")
+                                f"try a smaller learning rate{way}")
 
 def _save_samples(
     x:Tensor,           # images as for `image_grid`
@@ -295,6 +296,7 @@ def train(
     progress:bool=True,      # draw a progress bar (if anybody can see it)
     data:Dataset|None=None,  # None loads `cfg.dataset`
     again:str|None=None,     # what to type to go on (default: the shortest that does)
+    init:DDPM|None=None,     # a new run begins with its weights
 )->DDPM:                     # with the averaged weights; also saved in `out`
     """Algorithm 1, with the optimizer of Appendix B, and with files. ValueError for a
     folder or settings that do not fit, Interrupted when it was stopped and saved."""
@@ -308,6 +310,7 @@ def train(
         with only_writer(out):
             _check_folder(Path(out), resume, overwrite)
             state = TrainState(cfg, data, device)       # before anything is written
+            if init and not resume: _begin_with(state, init.model)
             run = RunFolder(out, resume, overwrite)
             if resume: run.restore(state)
             again = again or _resume_command(cfg.dataset, out)
@@ -316,6 +319,11 @@ def train(
             if run.writes: ddpm.save(out, state.step)
             sum_over_processes(torch.zeros(1))    # nobody goes on before they are there
         return ddpm
+
+def _begin_with(state, model):
+    "Weights from elsewhere, for the average too. WeightsError unless they fit."
+    for own in (state.model, state.ema.model):
+        load_weights(own, model.state_dict(), "the weights to begin with")
 
 def _check_shards(cfg, resume):
     "ConfigError unless the processes can share the shards."
@@ -401,8 +409,7 @@ def _settings_of_run(
     out:Path,      # a run's folder
     dataset:str,   # what the user asked for
 )->TrainConfig:
-    """The settings that a run began with, and where its images are now. ValueError if it
-    is on another kind of dataset."""
+    "The settings that a run began with. ValueError if it is on another kind of dataset."
     saved = checkpoint_header(out/'checkpoint.safetensors')['config']
     if saved['dataset'].partition(':')[0] != dataset.partition(':')[0]:
         raise ValueError(f"{out} holds a run on {saved['dataset']}, not {dataset}")

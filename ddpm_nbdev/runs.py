@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/19d_runs.ipynb #4c464037
+# %% ../nbs/19d_runs.ipynb #33e57894
 import importlib
 import os
 from dataclasses import replace
@@ -16,14 +16,17 @@ from torch import nn
 
 from .commands import _choose_device
 from .data import Dataset, load_dataset
+from .ddpm import DDPM
 from .files import WeightsError, read_json, read_metrics
 from .machines import size
+from .models import find_model
 from .run import _absolute, _check_folder, _restarted, _settings_of_run
 from .saved import checkpoint_header
+from .schedule import SCHEDULES, describe_schedule
 from .train import EMA, ConfigError, TrainConfig, _changed
 from .train import preset as preset_settings
 
-# %% ../nbs/19d_runs.ipynb #ae55ef60
+# %% ../nbs/19d_runs.ipynb #91057587
 def _check_call(
     samples:int|None,  # as asked for
     resume:bool,       # go on with a run?
@@ -60,6 +63,43 @@ def _settings_in(
         raise ConfigError(f"{path}: its config must be a table, "
                           f"got {type(found).__name__}")
     return {k: v for k, v in found.items() if k != 'dataset'}
+
+# %% ../nbs/19d_runs.ipynb #2f7dd1be
+def _settings_of_model(ddpm:DDPM)->dict: # fields of TrainConfig
+    "With which a network like this one is trained. ValueError if none can say that."
+    sched = describe_schedule(ddpm.sched)
+    if 'T' not in sched['args']:
+        raise ValueError("the schedule of that model has no name, so no training run "
+                         f"can have it; with one: {', '.join(SCHEDULES)}")
+    args, net = dict(sched['args']), dict(ddpm.model.config)
+    if (name := type(ddpm.model).__name__) == 'UNet':       # these follow from the rest
+        for k in ('in_channels', 'resolution', 'dropout', 'learned_variance'): del net[k]
+    variance = 'beta_tilde' if ddpm.variance == 'optimal' else ddpm.variance
+    return dict(model=name, model_args=net, mean=ddpm.mean, variance=variance,
+                objective=ddpm.objective, T=args.pop('T'), schedule=sched['name'],
+                schedule_args=args)
+
+def _begins_with(
+    init:str|None,  # a model such as `find_model` takes; None: fresh weights
+    dataset:str,    # what to train on
+    settings:dict,  # fields of TrainConfig that the user asked for
+)->tuple[DDPM|None,dict]: # the model; the settings, and those that follow from it
+    "The model that a run begins with. WeightsError if there is none."
+    if init is None: return None, settings
+    ddpm = find_model(init, 'cpu')
+    own = _settings_of_model(ddpm)
+    if ':' in dataset: own |= dict(channels=ddpm.shape[0], size=ddpm.shape[-1])
+    if 'schedule' in settings: del own['schedule_args']     # they are another one's
+    net = own['model_args']
+    if 'dropout' in net: net['dropout'] = settings.get('dropout', net['dropout'])
+    return ddpm, own | settings
+
+def _check_shape(init, ddpm, data):
+    "ValueError unless the images are those of a model."
+    if ddpm is None or ddpm.shape == data.shape: return
+    theirs, ours = ('x'.join(map(str, shape)) for shape in (ddpm.shape, data.shape))
+    raise ValueError(f"{init} is for images of {theirs}, and those of {data.name} are "
+                     f"{ours}")
 
 # %% ../nbs/19d_runs.ipynb #df9fa32e
 class _Plan(NamedTuple):

@@ -203,6 +203,47 @@ def test_the_printed_command_goes_on(call, here, pictures, monkeypatch):
     assert all(torch.equal(a[k], b[k]) for k in b)
 
 
+def first_weights(call, here, *args, out="new"):
+    "The weights before the first step that counts: the first update has the rate 0."
+    assert call(ddpm_train, *args, "--steps", 1, "--warmup", 9, "--batch-size", 4, "--samples", 0, "--quiet", "--out", out) == (0, "", "")
+    tensors, header = read_checkpoint(here/out/"checkpoint.safetensors")
+    parts = [{k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("model.", "ema.")]
+    return *parts, header["config"]
+
+
+@pytest.mark.parametrize("what", ["", "checkpoint.safetensors", "digits"])
+def test_a_run_begins_with_the_weights_of_another(what, call, here, run):
+    init = what if what == "digits" else run/what
+    model, ema, config = first_weights(call, here, "digits", "--init", init, "--lr", 1e-4)
+    want = DDPM.load(run) if init != "digits" else DDPM.from_pretrained("digits")
+    for part in model, ema: assert part.keys() == want.model.state_dict().keys() and all(torch.equal(v, want.model.state_dict()[k]) for k, v in part.items())
+    assert config["T"] == want.sched.T and config["lr"] == 1e-4
+    assert [r["step"] for r in read_log(here/"new")] == [1]                                     # a log of its own
+    assert call(ddpm_train, "digits", "--resume", "--out", "new", "--steps", 2, "--samples", 0)[0] == 0
+
+
+def test_a_run_begins_with_a_diffusers_folder(call, here, pictures):
+    from ddpm_nbdev.pretrained import OfficialUNet, save_diffusers
+    from ddpm_nbdev.schedule import linear_schedule
+    torch.manual_seed(0)
+    net = OfficialUNet(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[], resolution=8, groups=4).eval()
+    save_diffusers(DDPM(net, linear_schedule(3, .1, .2), (3, 8, 8)), here/"theirs")
+    model, ema, config = first_weights(call, here, "folder:pictures", "--init", "theirs", "--dropout", .2)
+    assert all(torch.equal(model[k], v) and torch.equal(ema[k], v) for k, v in net.state_dict().items())
+    assert (config["model"], config["T"], config["schedule_args"], config["model_args"]["dropout"]) == ("OfficialUNet", 3, {"beta_1": .1, "beta_T": .2}, .2)
+
+
+def test_a_network_of_another_shape_is_no_beginning(call, here, run, pictures):
+    failed(call(ddpm_train, "folder:pictures", "--init", "digits", "--size", 4), 1, "digits is for images of 1x8x8, and those of folder:pictures are 1x4x4")
+    (here/"a.json").write_text('{"model_args": {"ch": 8, "ch_mult": [1, 2], "attn_resolutions": [], "groups": 4}}')
+    failed(call(ddpm_train, "digits", *QUICK, "--init", run, "--config", "a.json"), 1, "weights of another architecture")
+    failed(call(ddpm_train, "digits", "--init", "nowhere/at/all"), 1, "nowhere/at/all")
+    failed(call(ddpm_train, "digits", "--init", run, "--out", run, "--resume"), 2, "--init and --resume exclude each other")
+    failed(call(ddpm_train, "digits", "--init", run, "--out", run), 1, "already holds a run")
+    assert not (here/"runs").exists()
+    assert call(ddpm_train, "digits", "--init", run, "--out", run, "--overwrite", *QUICK[2:], "--samples", 0)[0] == 0      # what is read is read first
+
+
 def test_an_evaluation_outlives_a_resume_of_the_same_weights(call, run):
     "And one of a shorter run is dropped with a word."
     assert call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1)[0] == 0
