@@ -98,8 +98,8 @@ def _summarize(metrics, out, say):
     again = shlex.join(['ddpm_sample', str(out)])
     left = _share_of_the_start(TrainConfig(**metrics['config']))
     if left > .05:
-        say(f"note: {left:.0%} of the average is still the weights from before the first "
-            "step: --resume with more --steps makes it less, "
+        say(f"note: {left:.0%} of the average is still the weights from before the "
+            "first step: --resume with more --steps makes it less, "
             f"{again} --raw draws without the average")
     say(f"to sample again: {again}")
 

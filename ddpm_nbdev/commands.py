@@ -139,7 +139,7 @@ def _run_and_end(func, parser, name):
     options = vars(parser.parse_args())
     try:
         func(**options)
-        sys.stdout.flush()                        # what was printed may be lost only now
+        sys.stdout.flush()                    # what was printed may be lost only now
     except ConfigError as e: parser.error(_one_line(e))
     except KeyboardInterrupt as e:
         why = _one_line(e) if isinstance(e, Interrupted) else 'interrupted'

@@ -72,8 +72,8 @@ def _raw_model(
     path = Path(what)
     if path.is_dir() or not path.exists(): path = path/'checkpoint.safetensors'
     if not path.exists():
-        raise WeightsError(f"{what}: no checkpoint.safetensors there, and only that has "
-                           "the weights without their average")
+        raise WeightsError(f"{what}: no checkpoint.safetensors there, and only that "
+                           "has the weights without their average")
     ddpm = load_checkpoint(path, ema=False, device=device)
     fast_layout(ddpm.model)
     return ddpm

@@ -277,7 +277,7 @@ def _finish_step_first():
         for s, h in before.items(): signal.signal(s, h)
 
 def _signals_to_stop()->list:
-    "Ctrl-C, a cluster, a terminal that is closed: but not where `nohup` holds that off."
+    "Ctrl-C, a cluster, a closed terminal: but not where `nohup` holds that off."
     hangup = getattr(signal, 'SIGHUP', None)                      # Windows has none
     heard = hangup and signal.getsignal(hangup) != signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM] + [hangup]*bool(heard)
@@ -409,7 +409,7 @@ def _settings_of_run(
     out:Path,      # a run's folder
     dataset:str,   # what the user asked for
 )->TrainConfig:
-    "The settings that a run began with. ValueError if it is on another kind of dataset."
+    "The settings that a run began with. ValueError for another kind of dataset."
     saved = checkpoint_header(out/'checkpoint.safetensors')['config']
     if saved['dataset'].partition(':')[0] != dataset.partition(':')[0]:
         raise ValueError(f"{out} holds a run on {saved['dataset']}, not {dataset}")

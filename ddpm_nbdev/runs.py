@@ -73,7 +73,8 @@ def _settings_of_model(ddpm:DDPM)->dict: # fields of TrainConfig
                          f"can have it; with one: {', '.join(SCHEDULES)}")
     args, net = dict(sched['args']), dict(ddpm.model.config)
     if (name := type(ddpm.model).__name__) == 'UNet':       # these follow from the rest
-        for k in ('in_channels', 'resolution', 'dropout', 'learned_variance'): del net[k]
+        given = 'in_channels', 'resolution', 'dropout', 'learned_variance'
+        for k in given: del net[k]
     variance = 'beta_tilde' if ddpm.variance == 'optimal' else ddpm.variance
     return dict(model=name, model_args=net, mean=ddpm.mean, variance=variance,
                 objective=ddpm.objective, T=args.pop('T'), schedule=sched['name'],
@@ -161,6 +162,6 @@ def _announce(plan, dataset, out, say):
         say(f"note: with T={cfg.T} the linear schedule, made for T=1000, does not end "
             "in pure noise; L_T below says how far off it is")
     if (left := _share_of_the_start(cfg)) > .05:
-        say(f"note: after {cfg.steps} steps {left:.0%} of the average will still be the "
-            "weights from before the first; a smaller --ema-decay, --ema-warmup or more "
-            "--steps makes it less")
+        say(f"note: after {cfg.steps} steps {left:.0%} of the average will still be "
+            "the weights from before the first; a smaller --ema-decay, --ema-warmup or "
+            "more --steps makes it less")
