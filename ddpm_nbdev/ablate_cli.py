@@ -5,6 +5,13 @@
 # %% auto #0
 __all__ = ['ddpm_ablate']
 
+# %% ../nbs/20c_ablate_cli.ipynb #739e63e4
+from .start import _answer_ctrl_c
+
+# %% ../nbs/20c_ablate_cli.ipynb #e64fb650
+#| eval: false
+if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.ablate_cli')    # while the rest is read
+
 # %% ../nbs/20c_ablate_cli.ipynb #6dfb9566
 from functools import wraps
 from pathlib import Path

@@ -5,92 +5,43 @@
 # %% auto #0
 __all__ = ['ddpm_train', 'ddpm_sample', 'ddpm_evaluate']
 
+# %% ../nbs/20_cli.ipynb #c27cf8e3
+from .start import _answer_ctrl_c
+
+# %% ../nbs/20_cli.ipynb #54589848
+#| eval: false
+if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.cli')    # while the rest is read
+
 # %% ../nbs/20_cli.ipynb #67f92688
 import shlex
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 
 from .commands import (_check_options, _choose_device, _printer, _run_by_name,
                                  command)
-from .data import Dataset
 from .ddpm import DDPM, draw_samples
-from .files import read_json, read_metrics, write_json, write_whole
+from .files import read_json, write_json, write_whole
 from .likelihood import (Likelihood, best_steps, decoder_costs, even_steps,
                                    evaluate_bits_per_dim, measure_mse, rate_distortion, stride)
-from .machines import (PRECISIONS, LowPrecision, _processes, join_processes, rank,
-                                 size, sum_over_processes)
+from .machines import (PRECISIONS, LowPrecision, join_processes, rank, size,
+                                 sum_over_processes)
 from .measures import _check_quality, _with_quality, quality_of
 from .models import (_add_metrics, _chain_name, _data_of, _free_name,
-                               _metrics_file, find_model)
+                               _metrics_file, _raw_model, find_model)
 from .plot import _save_curve
 from .quality import report
-from .run import (Interrupted, _can_show_progress, _check_folder, _data_for,
-                            _restarted, _resume_command, _save_samples, _settings_of_run,
+from .run import (Interrupted, _can_show_progress, _resume_command, _save_samples,
                             only_writer, train)
+from .runs import (_announce, _begins_with, _check_call, _check_shape,
+                             _plan_training, _settings_for, _settings_in,
+                             _share_of_the_start)
 from .saved import _mse_to_config, checkpoint_header, current_weights
-from .train import ConfigError, TrainConfig, _changed
-from .train import preset as preset_settings
-
-# %% ../nbs/20_cli.ipynb #df9fa32e
-class _Plan(NamedTuple):
-    "What a call of `ddpm_train` is going to do."
-    cfg:TrainConfig  # settings
-    data:Dataset     # images
-    device:str       # where
-    resume:bool      # go on with the run that is there?
-    overwrite:bool   # replace it?
-    finished:bool    # is it finished already?
-    old:dict         # numbers that earlier commands wrote
-
-def _settings_for(
-    dataset:str,      # what to train on
-    name:str|None,    # the preset
-    changes:dict,     # what the user asked for
-)->TrainConfig:
-    "The preset with the user's changes; one shard for each process unless asked."
-    shards = _processes('WORLD_SIZE')
-    return preset_settings(dataset, name, **{'shards': shards} | changes)
-
-def _plan_training(
-    out:Path,        # the run's folder
-    dataset:str,     # what to train on
-    preset:str|None, # the settings' name
-    changes:dict,    # fields of TrainConfig that the user asked for
-    device:str|None, # where to train
-    data_dir:str|None, resume:bool, overwrite:bool, # as asked for
-)->_Plan:
-    "Look at everything that may be wrong before anything is written."
-    resume, overwrite = _restarted(out, resume, overwrite)
-    _check_folder(out, resume, overwrite)
-    if resume: cfg = _changed(_settings_of_run(out, dataset), changes)
-    else: cfg = _settings_for(dataset, preset, changes)
-    old = (read_metrics(out/'metrics.json') or {}) if resume else {}
-    checkpoint = out/'checkpoint.safetensors'
-    finished = resume and checkpoint_header(checkpoint)['step'] == cfg.steps
-    device = _choose_device(device)
-    data = _data_for(cfg, out, resume, data_dir)
-    return _Plan(cfg, data, device, resume, overwrite, finished, old)
-
-def _announce(plan, dataset, out, say):
-    "What is going to happen, and what to keep in mind."
-    cfg, data, (c, h, w) = plan.cfg, plan.data, plan.data.shape
-    others = f" and {size()-1} more" if size() > 1 else ''
-    say(f"{dataset}: {len(data.train)} training and {len(data.test)} test images, "
-        f"{c}x{h}x{w}, {data.levels} levels; "
-        f"{cfg.steps} steps on {plan.device}{others}, in {out}")
-    if data.about: say(f"images: {data.about}")
-    if plan.finished:
-        say("note: this run is finished; to train longer, give more --steps. "
-            "Sampling and measuring again")
-    if cfg.T < 500 and not cfg.schedule_args:
-        say(f"note: with T={cfg.T} the linear schedule, made for T=1000, does not end "
-            "in pure noise; L_T below says how far off it is")
+from .train import ConfigError, TrainConfig
 
 # %% ../nbs/20_cli.ipynb #14b45b4b
 def _how_many(
@@ -144,10 +95,16 @@ def _summarize(metrics, out, say):
     picture = 'samples.png '*(out/'samples.png').exists()
     say(f"wrote {picture}model.safetensors config.json metrics.json log.jsonl "
         f"curve.png in {out}")
-    say(f"to sample again: {shlex.join(['ddpm_sample', str(out)])}")
+    again = shlex.join(['ddpm_sample', str(out)])
+    left = _share_of_the_start(TrainConfig(**metrics['config']))
+    if left > .05:
+        say(f"note: {left:.0%} of the average is still the weights from before the "
+            "first step: --resume with more --steps makes it less, "
+            f"{again} --raw draws without the average")
+    say(f"to sample again: {again}")
 
 # %% ../nbs/20_cli.ipynb #a6fe7d89
-def _measure(plan, ddpm, samples, out, say, progress):
+def _measure(plan, ddpm, samples, out, say, progress, again):
     "Draw and measure at the end of a run: images, and what goes into metrics.json."
     cfg, start = plan.cfg, time.perf_counter()
     trained = checkpoint_header(out/'checkpoint.safetensors')['seconds']
@@ -158,7 +115,7 @@ def _measure(plan, ddpm, samples, out, say, progress):
         measured = report(ddpm, plan.data, drawn)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the trained network is saved; to sample and "
-                          f"measure it: {_resume_command(cfg, out)}") from None
+                          f"measure it: {again}") from None
     metrics = {'seconds_training': round(trained, 1), **measured,
                'seconds_measuring': round(time.perf_counter()-start, 1),
                'parameters': sum(p.numel() for p in ddpm.model.parameters()),
@@ -167,19 +124,21 @@ def _measure(plan, ddpm, samples, out, say, progress):
     same = plan.finished and plan.old.get('config', {}).get('steps') == cfg.steps
     if same: metrics['evaluation'] = plan.old['evaluation']          # of these weights
     else:
-        again = shlex.join(['ddpm_evaluate', str(out)])
+        evaluate = shlex.join(['ddpm_evaluate', str(out)])
         say("note: what ddpm_evaluate measured was a shorter run, and is gone; "
-            f"again: {again}")
+            f"again: {evaluate}")
     return drawn, metrics
 
-_OFFERED = """T steps batch_size lr seed size channels flip precision compile cuda_graph
-shards clip log_every checkpoint_every keep_last keep_every sample_every""" # options
+_NO_OPTIONS = 'dataset', 'model', 'model_args', 'schedule_args'
+_OFFERED = ' '.join(f.name for f in fields(TrainConfig) if f.name not in _NO_OPTIONS)
 
 @command(settings=TrainConfig, offered=_OFFERED, default="default: the preset's")
 def ddpm_train(
     dataset:str,           # digits, fashion_mnist, cifar10, lsun:PATH or folder:PATH
     *,
     preset:str=None,       # settings by name (default: what goes with the dataset)
+    init:str=None,         # begin with the weights of a model that ddpm_sample takes
+    config:str=None,       # file of settings: JSON, TOML, a run's metrics or checkpoint
     samples:int=None,      # images drawn at the end (default: 64, fewer if slow)
     data_dir:str=None,     # folder of the dataset (default: $DDPM_DATA, or download)
     out:str=None,          # folder of the run (default: runs/ and the dataset's name)
@@ -193,11 +152,9 @@ def ddpm_train(
     samples, weights and numbers to a folder. Presets: digits, folder, fashion_mnist,
     cifar10, celebahq256, lsun256, lsun256_large. Under torchrun, on many devices."""
     settings = {k: v for k, v in settings.items() if v is not None}
-    if samples is not None and (not isinstance(samples, int) or samples < 0):
-        raise ConfigError(f"samples must be at least 0, got {samples}")
-    if resume and preset:
-        raise ConfigError("a run that goes on keeps its settings: "
-                          "--preset and --resume exclude each other")
+    _check_call(samples, resume, preset=preset, config=config, init=init)
+    if config: settings = _settings_in(config) | settings
+    first, settings = _begins_with(init, dataset, settings)
     if not resume: _settings_for(dataset, preset, settings)   # wrong values come first
     kind, _, path = dataset.partition(':')
     name = Path(path).expanduser().resolve().name if path else kind
@@ -207,11 +164,15 @@ def ddpm_train(
     with only_writer(out):
         plan = _plan_training(out, dataset, preset, settings, device, data_dir,
                               resume, overwrite)
+        _check_shape(init, first, plan.data)
         _announce(plan, dataset, out, say)
+        again = _resume_command(dataset, out, data_dir=data_dir, samples=samples,
+                                device=device)
         ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
-                     progress=not quiet, data=plan.data)
+                     progress=not quiet, data=plan.data, again=again,
+                     init=first)
         progress = not quiet and _can_show_progress()
-        drawn, metrics = _measure(plan, ddpm, samples, out, say, progress)
+        drawn, metrics = _measure(plan, ddpm, samples, out, say, progress, again)
         if rank(): return metrics
         if len(drawn): _save_samples(drawn, out/'samples.png', plan.data.levels)
         _save_curve(out, plan.cfg.dataset)
@@ -262,6 +223,7 @@ def ddpm_sample(
     seed:int=0,            # same seed, same images (default 0)
     steps_used:int=None,   # only so many steps, and then beta_tilde (default: all)
     variance:str=None,     # of a step: beta, beta_tilde, optimal (default: the model's)
+    raw:bool=False,        # the weights of a run's checkpoint, not their average
     steps_shown:int=0,     # draw also the way from noise to image, at so many moments
     batch_size:int=256,    # images at a time; no image depends on it (default 256)
     precision:str='float32', # float32 (default), or bfloat16 (for hardware made for it)
@@ -279,7 +241,8 @@ def ddpm_sample(
         raise ConfigError(f"unknown variance {variance!r}; known: {', '.join(_CHOSEN)}")
     out = _output_of_sampling(what, out, steps_shown, overwrite)
     join_processes()
-    ddpm, say = find_model(what, _choose_device(device)), _printer(quiet)
+    find, say = _raw_model if raw else find_model, _printer(quiet)
+    ddpm = find(what, _choose_device(device))
     if precision != 'float32':
         ddpm = replace(ddpm, model=LowPrecision(ddpm.model, PRECISIONS[precision]))
     ddpm, kept = _chain_of_sampling(ddpm, steps_used, variance)

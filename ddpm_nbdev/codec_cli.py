@@ -5,6 +5,13 @@
 # %% auto #0
 __all__ = ['ddpm_compress', 'ddpm_decompress']
 
+# %% ../nbs/20a_codec_cli.ipynb #afe861a4
+from .start import _answer_ctrl_c
+
+# %% ../nbs/20a_codec_cli.ipynb #d8fb11eb
+#| eval: false
+if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.codec_cli')    # while the rest is read
+
 # %% ../nbs/20a_codec_cli.ipynb #728bcabb
 import io
 import math

@@ -14,13 +14,16 @@ import sys
 import types
 import typing
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from functools import wraps
 
 import torch
 from fastcore.docments import docments
 
+from . import __version__
 from .machines import PRECISIONS, rank, size
 from .run import Interrupted
+from .start import _ctrl_c_as_before
 from .train import ConfigError
 
 # %% ../nbs/19a_commands.ipynb #a76763ac
@@ -29,6 +32,8 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message):
         "Say it on stderr and exit with status 2."
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+def _version(name): return f"{name} {__version__}"
 
 def _flag(name): return '--' + name.replace('_', '-')
 
@@ -47,9 +52,6 @@ def _add_setting(
         said = comment if '(default: ' in comment else f"{comment} ({default})"
         parser.add_argument(_flag(name), type=plain, help=said,
                             metavar=plain.__name__.upper(), **kw)
-    elif len(kinds) == 1:
-        parser.add_argument(_flag(name), action='store_const', const=True, help=comment,
-                            **kw)
     else:
         group = parser.add_mutually_exclusive_group()
         for flag, value, text in ((_flag(name), True, comment),
@@ -64,6 +66,7 @@ def _make_parser(
 )->_Parser:
     "The parser of a command."
     parser = _Parser(prog=func.__name__, description=func.__doc__, allow_abbrev=False)
+    parser.add_argument('--version', action='version', version=_version(func.__name__))
     empty, var = inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD
     rest = [n for n, p in inspect.signature(func).parameters.items() if p.kind is var]
     for name, p in docments(func, full=True, returns=False).items():
@@ -93,6 +96,37 @@ def _one_line(
         return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
     return ' '.join(str(e).split()) or type(e).__name__
 
+# %% ../nbs/19a_commands.ipynb #0297c4ba
+class _Output:
+    "Standard output, or error, whose loss stops nothing, or only what just prints."
+    def __init__(self,
+        file,                 # `sys.stdout`, say; None where it is closed
+        only_prints:bool=False, # raise an OSError when it is lost, which says so
+    ): self.file, self.only_prints = file or open(os.devnull, 'w'), only_prints
+
+    def __getattr__(self, name): return getattr(self.file, name)
+
+    def write(self,
+        text:str, # to be said
+    )->int:
+        "Write, if that can be."
+        return self.attempt(self.file.write, text) or len(text)
+
+    def flush(self):
+        "Flush, if that can be."
+        self.attempt(self.file.flush)
+
+    def attempt(self, do, *args):
+        "Call it; when that fails, what is said later, at the end too, goes nowhere."
+        try: return do(*args)
+        except OSError as e:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            try: os.dup2(nowhere, self.file.fileno())
+            except (OSError, ValueError): self.file = open(os.devnull, 'w')
+            os.close(nowhere)
+            if self.only_prints:
+                raise OSError(e.errno, e.strerror, 'standard output') from e
+
 # %% ../nbs/19a_commands.ipynb #ed6ce2d8
 _NO_MEMORY = ("out of memory: a smaller batch, more shards or a smaller network "
               "might fit")
@@ -105,12 +139,21 @@ _KNOWN = {                # words of a RuntimeError -> what the user can do abou
         "~ stands for a home folder, and none is known: set HOME, or write the path "
         "in full"}
 
-def _run(func, parser, name):
+def _run(func, parser, name, only_prints=False):
     "Call the function with the options of the command line; end with a status."
-    options = vars(parser.parse_args())
+    _ctrl_c_as_before()                           # everything has been read
     for out in (sys.stdout, sys.stderr):   # a console may lack letters of a file's name
         if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
-    try: func(**options)
+    with redirect_stdout(_Output(sys.stdout, only_prints)), \
+         redirect_stderr(_Output(sys.stderr)):
+        _run_and_end(func, parser, name)
+
+def _run_and_end(func, parser, name):
+    "Parse, call, end."
+    options = vars(parser.parse_args())
+    try:
+        func(**options)
+        sys.stdout.flush()                    # what was printed may be lost only now
     except ConfigError as e: parser.error(_one_line(e))
     except KeyboardInterrupt as e:
         why = _one_line(e) if isinstance(e, Interrupted) else 'interrupted'
@@ -132,18 +175,19 @@ def command(
     settings=None,  # a dataclass, whose fields `func` takes as `**settings`
     offered:str='', # names of the fields that become options
     default:str='', # for the help: where their defaults come from
+    only_prints:bool=False, # has it failed when nobody can read what it says?
 ):
     """The function from Python; called without arguments, a command that parses
     sys.argv and exits: 0 done, 1 could not be done, 2 wrong usage, 130 stopped."""
     if func is None:
-        return lambda func: command(func, settings, offered, default)
+        return lambda func: command(func, settings, offered, default, only_prints)
     @wraps(func)
     def run(*args, **kwargs):
         if args or kwargs: return func(*args, **kwargs)
         parser = _make_parser(func, settings, offered, default)
         number = os.environ.get('RANK', '0')
         name = parser.prog if number == '0' else f"{parser.prog} (process {number})"
-        _run(func, parser, name)
+        _run(func, parser, name, only_prints)
     return run
 
 # %% ../nbs/19a_commands.ipynb #deee9638
@@ -153,6 +197,9 @@ def _run_by_name(
 ):
     "Run the command that the command line names; usage and status 2 if it names none."
     name = ''.join(sys.argv[1:2]).removeprefix('ddpm_')
+    if name == '--version':
+        print(_version('ddpm_nbdev'))
+        sys.exit(0)
     if name not in commands:
         print(f"usage: python -m ddpm_nbdev.{module} {{{','.join(commands)}}} ... "
               "(--help after one of them says more)", file=sys.stderr)

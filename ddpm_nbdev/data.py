@@ -93,6 +93,11 @@ def load_dataset(
     data_dir = data_dir or os.environ.get('DDPM_DATA') or None
     return DATASETS[kind](path or None, size, channels, data_dir)
 
+def _absolute(dataset:str)->str:
+    "A dataset's name that holds in every working directory."
+    kind, _, path = dataset.partition(':')
+    return f"{kind}:{Path(path).expanduser().resolve()}" if path else dataset
+
 # %% ../nbs/12_data.ipynb #818ffb9c
 def _check_fixed(
     images:str,          # whose they are, for the error

@@ -5,6 +5,13 @@
 # %% auto #0
 __all__ = ['ddpm_interpolate']
 
+# %% ../nbs/20b_interpolate_cli.ipynb #a9548085
+from .start import _answer_ctrl_c
+
+# %% ../nbs/20b_interpolate_cli.ipynb #24a68ffb
+#| eval: false
+if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.interpolate_cli')    # while the rest is read
+
 # %% ../nbs/20b_interpolate_cli.ipynb #75c05ef8
 import os
 import re

@@ -19,6 +19,7 @@ from .machines import fast_layout
 from .pretrained import _is_diffusers, load_diffusers
 from .progressive import fingerprints
 from .saved import _shipped, checkpoint_header
+from .train import load_checkpoint
 
 # %% ../nbs/19b_models.ipynb #61890c87
 def _ours(path):
@@ -60,6 +61,20 @@ def find_model(
 )->DDPM:
     "A trained model; a folder that holds one goes before a name. WeightsError if none."
     ddpm = _load(what, device)
+    fast_layout(ddpm.model)
+    return ddpm
+
+def _raw_model(
+    what:str,   # a run or one of its checkpoints
+    device:str, # where to put it
+)->DDPM:
+    "The weights that were being trained. WeightsError if there is no checkpoint."
+    path = Path(what)
+    if path.is_dir() or not path.exists(): path = path/'checkpoint.safetensors'
+    if not path.exists():
+        raise WeightsError(f"{what}: no checkpoint.safetensors there, and only that "
+                           "has the weights without their average")
+    ddpm = load_checkpoint(path, ema=False, device=device)
     fast_layout(ddpm.model)
     return ddpm
 

@@ -26,9 +26,9 @@ from fastprogress.fastprogress import NBProgressBar, progress_bar
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from .data import Batches, Dataset, load_dataset
+from .data import Batches, Dataset, _absolute, load_dataset
 from .ddpm import DDPM, draw_samples
-from .files import WeightsError, read_log, write_whole
+from .files import WeightsError, load_weights, read_log, write_whole
 from .machines import (any_process, join_processes, rank, size,
                                  sum_over_processes)
 from .noise import own_randomness
@@ -38,8 +38,9 @@ from .train import (ConfigError, TrainConfig, TrainingDiverged, TrainState,
                               learning_rate, training_step)
 
 # %% ../nbs/13a_run.ipynb #35f36480
+# what may change when a run goes on; the images are known by their checksum
 _RESUMABLE = ('steps', 'log_every', 'checkpoint_every', 'keep_last', 'keep_every',
-              'sample_every', 'sample_n')          # what may change when a run goes on
+              'sample_every', 'sample_n', 'dataset')
 _RESULTS = ('model.safetensors', 'config.json', 'metrics.json', 'samples.png',
             'curve.png')
 
@@ -176,11 +177,12 @@ class RunFolder:
 
     def diverged(self, step, what):
         "The error that ends a run, with the way back."
-        kept = "there is no checkpoint yet"
+        kept, way = "there is no checkpoint yet", ''
         if self.saved_step:
             kept = f"the checkpoint of step {self.saved_step} is kept in {self.path}"
+            way = f": a new run with --init {shlex.quote(str(self.path))} begins there"
         return TrainingDiverged(f"training diverged at step {step} ({what}); {kept}; "
-                                "try a smaller learning rate")
+                                f"try a smaller learning rate{way}")
 
 def _save_samples(
     x:Tensor,           # images as for `image_grid`
@@ -260,11 +262,11 @@ def _remove_empty(folders):
 
 # %% ../nbs/13a_run.ipynb #95170bf3
 class Interrupted(KeyboardInterrupt):
-    "Training was stopped by Ctrl-C or SIGTERM, and saved."
+    "Training was stopped by a signal, such as Ctrl-C sends, and saved."
 
 @contextmanager
 def _finish_step_first():
-    "Inside the block a first Ctrl-C or SIGTERM only fills the list that it is given."
+    "Inside the block a first signal to stop only fills the list that it is given."
     caught = []
     def handler(signum, frame):
         if caught: raise KeyboardInterrupt
@@ -272,10 +274,16 @@ def _finish_step_first():
     if threading.current_thread() is not threading.main_thread():
         yield caught                           # only the main thread may handle signals
         return
-    before = {s: signal.signal(s, handler) for s in (signal.SIGINT, signal.SIGTERM)}
+    before = {s: signal.signal(s, handler) for s in _signals_to_stop()}
     try: yield caught
     finally:
         for s, h in before.items(): signal.signal(s, h)
+
+def _signals_to_stop()->list:
+    "Ctrl-C, a cluster, a closed terminal: but not where `nohup` holds that off."
+    hangup = getattr(signal, 'SIGHUP', None)                      # Windows has none
+    heard = hangup and signal.getsignal(hangup) != signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM] + [hangup]*bool(heard)
 
 def _can_show_progress()->bool:
     "Does this process have someone to see a progress bar: a terminal or a notebook?"
@@ -290,6 +298,8 @@ def train(
     overwrite:bool=False,    # replace the run in `out`
     progress:bool=True,      # draw a progress bar (if anybody can see it)
     data:Dataset|None=None,  # None loads `cfg.dataset`
+    again:str|None=None,     # what to type to go on (default: the shortest that does)
+    init:DDPM|None=None,     # a new run begins with its weights
 )->DDPM:                     # with the averaged weights; also saved in `out`
     """Algorithm 1, with the optimizer of Appendix B, and with files. ValueError for a
     folder or settings that do not fit, Interrupted when it was stopped and saved,
@@ -304,10 +314,12 @@ def train(
         with only_writer(out):
             _check_folder(Path(out), resume, overwrite)
             state = TrainState(cfg, data, device)       # before anything is written
+            if init and not resume: _begin_with(state, init.model)
             run = RunFolder(out, resume, overwrite)
-            with _way_back(run, state):
+            again = again or _resume_command(cfg.dataset, out)
+            with _way_back(run, state, again):
                 if resume: run.restore(state)
-                _loop(run, state, batches, stop, progress)
+                _loop(run, state, batches, stop, progress, again)
                 ddpm = state.averaged()
                 if run.writes: ddpm.save(out, state.step)
             sum_over_processes(torch.zeros(1))    # nobody goes on before they are there
@@ -325,6 +337,11 @@ def _data_for(
         channels, _, side = checkpoint_header(checkpoint)['ddpm']['shape']
     return load_dataset(cfg.dataset, side, channels, data_dir)
 
+def _begin_with(state, model):
+    "Weights from elsewhere, for the average too. WeightsError unless they fit."
+    for own in (state.model, state.ema.model):
+        load_weights(own, model.state_dict(), "the weights to begin with")
+
 def _check_shards(cfg, resume):
     "ConfigError unless the processes can share the shards."
     if cfg.shards % size() == 0: return
@@ -338,6 +355,7 @@ def _loop(
     batches:Batches,  # gives the images
     stop:list,        # not empty: somebody wants it to stop
     progress:bool,    # draw a progress bar
+    again:str,        # what to type to go on
 ):
     "Update until the settings' last step; log, save, draw; Interrupted if stopped."
     cfg, start = state.cfg, time.perf_counter() - state.seconds
@@ -358,17 +376,17 @@ def _loop(
         if draw and not last: run.draw(state)
         if stopping:
             raise Interrupted(f"stopped after step {state.step} of {cfg.steps}; "
-                              f"to go on: {_resume_command(cfg, run.path)}")
+                              f"to go on: {again}")
 
 @contextmanager
 def _way_back(
     run:RunFolder,    # where it is written down
     state:TrainState, # how far it is
+    again:str,        # what to type to go on
 ):
     "Let an OSError inside the block say at which step it came, and how to go on."
     try: yield
     except OSError as e:
-        again = _resume_command(state.cfg, run.path)
         kept = "there is no checkpoint yet"
         if run.saved_step:
             kept = (f"the checkpoint of step {run.saved_step} is kept; "
@@ -377,24 +395,28 @@ def _way_back(
         raise OSError(e.errno, why, str(e.filename or run.path)) from e
 
 def _resume_command(
-    cfg:TrainConfig, # of the run
-    out:str|Path,    # its folder
+    dataset:str,   # of the run
+    out:str|Path,  # its folder
+    **options,     # that it was called with; None: not given
 )->str:
     "What to type to go on."
-    return shlex.join(['ddpm_train', cfg.dataset, '--out', str(out), '--resume'])
+    given = [[f"--{k.replace('_', '-')}", str(v)] for k, v in options.items()
+             if v is not None]
+    return shlex.join(['ddpm_train', dataset, '--out', str(out), '--resume',
+                       *sum(given, [])])
 
 # %% ../nbs/13a_run.ipynb #80af891d
 def _settings_of_run(
     out:Path,      # a run's folder
     dataset:str,   # what the user asked for
 )->TrainConfig:
-    "The settings that a run began with. ValueError if it is on another dataset."
+    "The settings that a run began with. ValueError for another kind of dataset."
     file = out/'checkpoint.safetensors'
     saved = checkpoint_header(file)['config']
-    if saved['dataset'] != dataset:
+    if saved['dataset'].partition(':')[0] != dataset.partition(':')[0]:
         raise ValueError(f"{out} holds a run on {saved['dataset']}, not {dataset}")
-    known = [f.name for f in fields(TrainConfig) if f.name in saved]
-    try: return TrainConfig(**{name: saved[name] for name in known})
+    known = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
+    try: return TrainConfig(**known | {'dataset': _absolute(dataset)})
     except (ConfigError, ArithmeticError, RuntimeError) as e:   # not the user's fault
         raise WeightsError(f"{file}: damaged settings ({e})") from e
 

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from ddpm_nbdev import cli, models, quality
+from ddpm_nbdev import run as cli_run
 from ddpm_nbdev import train as train_module
 from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
 from ddpm_nbdev.commands import _make_parser, _one_line
@@ -164,6 +165,101 @@ def test_resume_takes_the_settings_of_the_run(call, here):
     assert all(torch.equal(tensors[k], whole[k]) for k in whole)
 
 
+def test_a_run_is_not_its_path(call, here, pictures, monkeypatch):
+    "Another spelling, another working directory, moved pictures, a moved run: the same run; other pictures: another."
+    def go(*args): return call(ddpm_train, *args, "--samples", 0, "--quiet")
+    def stored(run): return read_checkpoint(run/"checkpoint.safetensors")[1]["config"]["dataset"]
+    assert go("folder:pictures", *QUICK, "--out", "run") == (0, "", "") and stored(here/"run") == f"folder:{pictures.resolve()}"
+    (here/"elsewhere").mkdir()
+    (here/"linked").symlink_to(pictures)
+    for i, spelled in enumerate(("./pictures", "pictures/", str(pictures), "elsewhere/../pictures", "linked")):
+        assert go(f"folder:{spelled}", "--out", "run", "--resume", "--steps", 5+i) == (0, "", ""), spelled
+    monkeypatch.chdir(here/"elsewhere")
+    assert go("folder:../pictures", "--out", "../run", "--resume", "--steps", 10)[0] == 0
+    assert call(ddpm_evaluate, here/"run", "--images", 1, "--curve-images", 1, "--quiet")[0] == 0            # which knows where they are
+    (here/"run").rename(here/"renamed")
+    pictures.rename(here/"moved")
+    assert go("folder:../moved", "--out", "../renamed", "--resume", "--steps", 11) == (0, "", "") and stored(here/"renamed").endswith("/moved")
+    assert [r["step"] for r in read_log(here/"renamed")] == [4, 5, 6, 7, 8, 9, 10, 11]
+    before = contents(here/"renamed")
+    failed(go("folder:../pictures", "--out", "../renamed", "--resume"), 1, "no such folder: ../pictures")
+    Image.new("RGB", (9, 10)).save(here/"moved/3.png")
+    failed(go("folder:../moved", "--out", "../renamed", "--resume", "--steps", 12), 1, "the training images are not those it began with")
+    assert contents(here/"renamed") == before
+
+
+def test_a_name_that_says_whether_to_flip_is_asked_once(call, here, monkeypatch):
+    "LSUN's bedrooms are not mirrored: in a renamed folder, the same run."
+    from ddpm_nbdev.data import DATASETS
+    digits = load_dataset("digits")
+    monkeypatch.setitem(DATASETS, "lsun", lambda path, *a: replace(digits, flip="bedroom" not in path))
+    size = ["--preset", "digits", "--samples", 0, "--quiet"]
+    for name in "bedroom", "church": assert call(ddpm_train, f"lsun:{name}", *QUICK, *size) == (0, "", "")
+    assert [json.loads((here/f"runs/{n}/metrics.json").read_text())["config"]["flip"] for n in ("bedroom", "church")] == [False, True]
+    assert call(ddpm_train, "lsun:other", "--out", "runs/bedroom", "--resume", "--steps", 6, "--samples", 0)[0] == 0
+    assert json.loads((here/"runs/bedroom/metrics.json").read_text())["config"]["flip"] is False
+
+
+def test_the_printed_command_goes_on(call, here, pictures, monkeypatch):
+    "It has all that it needs, and does what the first one would have done."
+    step = cli_run.training_step
+    def stopped(state, batches):
+        if state.step == 2: signal.raise_signal(signal.SIGINT)
+        return step(state, batches)
+    args = ["folder:pictures", *QUICK, "--samples", 0, "--data-dir", "my data", "--device", "cpu", "--seed", 3]
+    with monkeypatch.context() as m:
+        m.setattr(cli_run, "training_step", stopped)
+        status, _, err = call(ddpm_train, *args, "--out", "my run")
+    assert status == 130
+    words = shlex.split(re.search(r"to go on: ddpm_train (.*)", err).group(1))
+    assert words == ["folder:pictures", "--out", "my run", "--resume", "--data-dir", "my data", "--samples", "0", "--device", "cpu"]
+    assert call(ddpm_train, *words)[0] == 0 and not (here/"my run/samples.png").exists()
+    assert call(ddpm_train, *args, "--out", "whole")[0] == 0
+    a, b = (read_checkpoint(here/n/"checkpoint.safetensors")[0] for n in ("my run", "whole"))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def first_weights(call, here, *args, out="new"):
+    "The weights before the first step that counts: the first update has the rate 0."
+    assert call(ddpm_train, *args, "--steps", 1, "--warmup", 9, "--batch-size", 4, "--samples", 0, "--quiet", "--out", out) == (0, "", "")
+    tensors, header = read_checkpoint(here/out/"checkpoint.safetensors")
+    parts = [{k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("model.", "ema.")]
+    return *parts, header["config"]
+
+
+@pytest.mark.parametrize("what", ["", "checkpoint.safetensors", "digits"])
+def test_a_run_begins_with_the_weights_of_another(what, call, here, run):
+    init = what if what == "digits" else run/what
+    model, ema, config = first_weights(call, here, "digits", "--init", init, "--lr", 1e-4)
+    want = DDPM.load(run) if init != "digits" else DDPM.from_pretrained("digits")
+    for part in model, ema: assert part.keys() == want.model.state_dict().keys() and all(torch.equal(v, want.model.state_dict()[k]) for k, v in part.items())
+    assert config["T"] == want.sched.T and config["lr"] == 1e-4
+    assert [r["step"] for r in read_log(here/"new")] == [1]                                     # a log of its own
+    assert call(ddpm_train, "digits", "--resume", "--out", "new", "--steps", 2, "--samples", 0)[0] == 0
+
+
+def test_a_run_begins_with_a_diffusers_folder(call, here, pictures):
+    from ddpm_nbdev.pretrained import OfficialUNet, save_diffusers
+    from ddpm_nbdev.schedule import linear_schedule
+    torch.manual_seed(0)
+    net = OfficialUNet(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[], resolution=8, groups=4).eval()
+    save_diffusers(DDPM(net, linear_schedule(3, .1, .2), (3, 8, 8)), here/"theirs")
+    model, ema, config = first_weights(call, here, "folder:pictures", "--init", "theirs", "--dropout", .2)
+    assert all(torch.equal(model[k], v) and torch.equal(ema[k], v) for k, v in net.state_dict().items())
+    assert (config["model"], config["T"], config["schedule_args"], config["model_args"]["dropout"]) == ("OfficialUNet", 3, {"beta_1": .1, "beta_T": .2}, .2)
+
+
+def test_a_network_of_another_shape_is_no_beginning(call, here, run, pictures):
+    failed(call(ddpm_train, "folder:pictures", "--init", "digits", "--size", 4), 1, "digits is for images of 1x8x8, and those of folder:pictures are 1x4x4")
+    (here/"a.json").write_text('{"model_args": {"ch": 8, "ch_mult": [1, 2], "attn_resolutions": [], "groups": 4}}')
+    failed(call(ddpm_train, "digits", *QUICK, "--init", run, "--config", "a.json"), 1, "weights of another architecture")
+    failed(call(ddpm_train, "digits", "--init", "nowhere/at/all"), 1, "nowhere/at/all")
+    failed(call(ddpm_train, "digits", "--init", run, "--out", run, "--resume"), 2, "--init and --resume exclude each other")
+    failed(call(ddpm_train, "digits", "--init", run, "--out", run), 1, "already holds a run")
+    assert not (here/"runs").exists()
+    assert call(ddpm_train, "digits", "--init", run, "--out", run, "--overwrite", *QUICK[2:], "--samples", 0)[0] == 0      # what is read is read first
+
+
 def test_an_evaluation_outlives_a_resume_of_the_same_weights(call, run):
     "And one of a shorter run is dropped with a word."
     assert call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1)[0] == 0
@@ -196,6 +292,22 @@ def test_overwrite(call, run):
 
 def test_short_T_is_pointed_out(call):
     assert "does not end in pure noise" in call(ddpm_train, "digits", *QUICK)[1]
+
+
+def test_an_average_that_is_still_noise_is_pointed_out(call, here):
+    "Before and after training; and --raw draws with the weights themselves."
+    status, out, _ = call(ddpm_train, "digits", *QUICK, "--ema-decay", .9, "--no-ema-warmup", "--lr", .05, "--warmup", 0, "--samples", 0)
+    assert status == 0 and "after 4 steps 66% of the average will still be" in out and "note: 66% of the average is still" in out
+    args = shlex.split(re.search(r"(ddpm_sample runs/digits --raw) draws", out).group(1))[1:]
+    assert call(ddpm_sample, *args, "--n", 4, "--out", "raw.safetensors")[0] == 0
+    drawn = draw_samples(load_checkpoint(here/"runs/digits", ema=False), 4)
+    assert torch.equal(load_file(here/"raw.safetensors")["images"], drawn)
+    assert not torch.equal(draw_samples(load_checkpoint(here/"runs/digits"), 4), drawn)
+    status, out, _ = call(ddpm_train, "digits", *QUICK, "--samples", 0, "--out", "short")
+    assert status == 0 and "of the average" not in out
+    failed(call(ddpm_sample, "digits", "--raw"), 1, "digits: no checkpoint.safetensors there")
+    (here/"runs/digits/checkpoint.safetensors").unlink()
+    failed(call(ddpm_sample, "runs/digits", "--raw"), 1, "no checkpoint.safetensors there")
 
 
 def test_sample_options(call, here, finished):
@@ -528,7 +640,8 @@ def test_options_of_training_are_the_settings(call):
     from fastcore.docments import docments
     status, said, _ = call(ddpm_train, "--help")
     said, comments = " ".join(said.split()), docments(TrainConfig)
-    assert status == 0 and len(cli._OFFERED.split()) == 18
+    scalars = [f.name for f in fields(TrainConfig) if f.name not in ("dataset", "model", "model_args", "schedule_args")]
+    assert status == 0 and cli._OFFERED.split() == scalars and len(scalars) == 28
     for name in cli._OFFERED.split():
         assert f"--{name.replace('_', '-')}" in said and " ".join(comments[name].split()) in said, name
 
@@ -619,6 +732,48 @@ def test_options_reach_the_settings(call, here):
     assert {"checkpoints/0000002.safetensors", "checkpoints/0000004.safetensors", "samples/000002.png", "curve.png"} <= files.keys() and "samples.png" not in files
     status, out, _ = call(ddpm_sample, "runs/digits/checkpoints/0000002.safetensors", "--n", 2)
     assert status == 0 and (here/"0000002.safetensors_samples.png").exists()
+
+
+def test_every_scalar_setting_is_an_option(call, here):
+    args = ["--objective", "vlb", "--variance", "learned", "--mean", "x0", "--schedule", "quadratic", "--dropout", .1, "--warmup", 3, "--grad-clip", 2,
+            "--ema-decay", .5, "--no-ema-warmup", "--channels", 1, "--sample-n", 3, "--samples", 0, "--quiet"]
+    assert call(ddpm_train, "digits", *QUICK, *args) == (0, "", "")
+    config = json.loads((here/"runs/digits/metrics.json").read_text())["config"]
+    want = dict(objective="vlb", variance="learned", mean="x0", schedule="quadratic", dropout=.1, warmup=3, grad_clip=2., ema_decay=.5, ema_warmup=False, channels=1, sample_n=3)
+    assert {k: config[k] for k in want} == want
+    failed(call(ddpm_train, "digits", "--variance", "learned"), 2, "variance='learned' needs objective='vlb'")
+
+
+@pytest.mark.parametrize("source", ["metrics.json", "checkpoint.safetensors", "", "plain.json", "plain.toml"])
+def test_settings_from_a_file(source, call, here):
+    "Of a run, its checkpoint, its numbers, or written by hand; options go before the file, the file before the preset."
+    if source.endswith("toml") and sys.version_info < (3, 11): pytest.skip("this Python reads no TOML")
+    assert call(ddpm_train, "digits", *QUICK, "--lr", .003, "--samples", 0, "--out", "old", "--quiet")[0] == 0
+    (here/"old/plain.json").write_text('{"T": 4, "steps": 4, "batch_size": 4, "lr": 0.003}')
+    (here/"old/plain.toml").write_text("T = 4\nsteps = 4\nbatch_size = 4\nlr = 0.003\n")
+    status, _, err = call(ddpm_train, "digits", "--config", here/"old"/source, "--seed", 5, "--samples", 0, "--out", "new", "--quiet")
+    assert (status, err) == (0, "")
+    old, new = (json.loads((here/n/"metrics.json").read_text())["config"] for n in ("old", "new"))
+    assert new == old | {"seed": 5} and new["lr"] == .003
+    assert call(ddpm_train, "digits", "--resume", "--out", "new", "--quiet", "--samples", 0)[0] == 0
+
+
+@pytest.mark.parametrize("text, status, said", [("{", 1, "a.json: not JSON"), ("[1]", 1, "not a configuration but a list"), ('{"config": 3}', 2, "a.json: its config must be a table, got int"),
+    ('{"colour": 3}', 2, "unknown setting 'colour'"), ('{"steps": 0}', 2, "steps must be"), ('{"lr": "x"}', 2, "lr must be")])
+def test_a_bad_file_of_settings_is_one_line(text, status, said, call, here):
+    (here/"a.json").write_text(text)
+    failed(call(ddpm_train, "digits", "--config", "a.json"), status, said)
+    failed(call(ddpm_train, "digits", "--config", "none.json"), 1, "none.json: no such file")
+    failed(call(ddpm_train, "digits", "--config", "a.json", "--resume"), 2, "--config and --resume exclude each other")
+    (here/"a.toml").write_text("x = = 2")
+    failed(call(ddpm_train, "digits", "--config", "a.toml"), 1, "a.toml")
+    assert sorted(p.name for p in here.iterdir()) == ["a.json", "a.toml"]
+
+
+def test_every_command_says_its_version(call):
+    from ddpm_nbdev import __version__, ablate_cli, codec_cli, interpolate_cli
+    commands = ddpm_train, ddpm_sample, ddpm_evaluate, codec_cli.ddpm_compress, codec_cli.ddpm_decompress, interpolate_cli.ddpm_interpolate, ablate_cli.ddpm_ablate
+    for command in commands: assert call(command, "--version") == (0, f"{command.__name__} {__version__}\n", "")
 
 
 def test_no_flip(call, here):
@@ -713,6 +868,29 @@ def test_ctrl_c_and_on(here):
     p = forked("train", *again.split(), "--steps", step, "--samples", 0)     # as printed, and no further
     assert p.returncode == 0, p.stderr
     assert (here/"run/metrics.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("where", ["full", "closed", "broken"])
+def test_training_outlives_its_output(where, here):
+    "A full disk behind stdout, none at all, a reader who has gone: the run is whole, and its status is that of a run."
+    args = [sys.executable, "-m", "ddpm_nbdev.cli", "train", "digits", *QUICK, "--samples", "0", "--out", "run"]
+    behind = {"full": "exec >/dev/full", "closed": "exec >&-", "broken": ":"}[where]
+    r, w = os.pipe()
+    os.close(r)                                                            # who writes there gets EPIPE
+    p = subprocess.run(["sh", "-c", f'{behind}; exec "$@"', "sh", *args], env=ENV, stdout=w, stderr=subprocess.PIPE, text=True)
+    os.close(w)
+    assert (p.returncode, p.stderr) == (0, "") and (here/"run/metrics.json").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
+@pytest.mark.parametrize("command", [["-m", "ddpm_nbdev.cli", "train", "digits"], ["-m", "ddpm_nbdev.codec_cli"], ["-c", "from ddpm_nbdev.start import ddpm_sample; ddpm_sample()"]])
+def test_ctrl_c_while_torch_is_read(command, here):
+    p = subprocess.Popen([sys.executable, *command], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while p.poll() is None and "torch" not in open(f"/proc/{p.pid}/maps").read(): time.sleep(.002)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=60)
+    assert (p.returncode, out) == (130, "") and len(err.strip().splitlines()) == 1 and "interrupted before anything began" in err, err
 
 
 def evaluated(path): return json.loads(path.read_text())["evaluation"]

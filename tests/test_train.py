@@ -113,13 +113,14 @@ def test_seed_matters(whole, data, tmp_path):
     assert not torch.equal(a["model.conv_in.weight"], b["model.conv_in.weight"])
 
 
-def start(out, *args, steps=24, sleep=0.):
+def start(out, *args, steps=24, sleep=0., hangup="SIG_DFL"):
     "Train in a process of its own, slowly enough to be hit."
     code = f"""
 import sys, time
 from dataclasses import replace
 sys.path.insert(0, {str(os.path.dirname(__file__))!r})
-import torch; torch.set_num_threads(1)
+import signal, torch; torch.set_num_threads(1)
+if hasattr(signal, "SIGHUP"): signal.signal(signal.SIGHUP, signal.{hangup})     # pytest may run under nohup
 from test_train import TINY, train
 from ddpm_nbdev import train as T
 update = T.EMA.update
@@ -158,7 +159,7 @@ def test_kill_9(tmp_path, data):
     assert same(load_file(out/"model.safetensors"), dict(reference.model.state_dict()))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, pytest.param(getattr(signal, "SIGHUP", None), marks=pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none"))])
 def test_signal_saves_and_says_how_to_go_on(signum, tmp_path, whole, data):
     out = tmp_path/"run"
     p = start(out, sleep=.1)
@@ -171,6 +172,16 @@ def test_signal_saves_and_says_how_to_go_on(signum, tmp_path, whole, data):
     assert f"stopped after step {saved} of 24; to go on: ddpm_train digits --out {out} --resume" in rest
     train(TINY, out, resume=True, data=data)
     assert same(tensors(out), whole[0])
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_nohup_is_heeded(tmp_path):
+    p = start(tmp_path/"run", sleep=.02, hangup="SIG_IGN")
+    wait_for_step(p, 9)
+    p.send_signal(signal.SIGHUP)
+    _, err = p.communicate()
+    assert p.returncode == 0, err
+    assert read_checkpoint(tmp_path/"run/checkpoint.safetensors")[1]["step"] == 24
 
 
 def test_second_interrupt_stops_at_once(tmp_path, data, monkeypatch):
@@ -319,7 +330,8 @@ def test_many_runs_at_once_leave_one_whole_run(tmp_path):
     code = f"""
 import sys, time
 sys.path.insert(0, {str(os.path.dirname(__file__))!r})
-import torch; torch.set_num_threads(1)
+import signal, torch; torch.set_num_threads(1)
+if hasattr(signal, "SIGHUP"): signal.signal(signal.SIGHUP, signal.{hangup})     # pytest may run under nohup
 from test_train import TINY, train
 print('ready', flush=True); sys.stdin.readline()
 try: train(TINY, {str(tmp_path/"run")!r}, progress=False)
