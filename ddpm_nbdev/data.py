@@ -62,7 +62,7 @@ class Dataset:
         for part in ('train', 'test'):
             x, y = getattr(self, part), getattr(self, f'{part}_labels')
             _check_images(x, part, self.levels)
-            if y is not None and len(y) != len(x): raise ValueError(
+            if y is not None and len(y) < len(x): raise ValueError(
                 f"{part}_labels must be one for each of {len(x)} images, got {len(y)}")
         if not len(self.train): raise ValueError("there is no image to train on")
         if self.train.shape[1:] != self.test.shape[1:]:
