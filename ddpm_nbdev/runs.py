@@ -7,7 +7,6 @@ __all__ = []
 
 # %% ../nbs/19d_runs.ipynb #33e57894
 import importlib
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
