@@ -53,7 +53,7 @@ from ddpm_nbdev.train import load_checkpoint, preset
 
 ROOT = Path(__file__).parents[1]
 STAGES = 'right', 'fast', 'real', 'judge'
-BORROWED = dict(right=150, fast=120)   # after so many seconds nothing new begins; `real` has the rest
+BORROWED = dict(right=150, fast=120)       # seconds after which nothing new begins
 
 def say(what): print(f"# {time.strftime('%T')} {what}", file=sys.stderr, flush=True)
 
@@ -140,10 +140,11 @@ def right(a, clock):
         except subprocess.TimeoutExpired: stop(p)
         said.seek(0)
         out = said.read()
+    noted = notes.read_text().splitlines() if notes.exists() else []
     result |= {'tests': [line for line in out.splitlines()
                          if line.startswith(('PASSED', 'FAILED', 'ERROR', 'SKIPPED'))],
                'end': out[-6000:], 'status': p.returncode,
-               'notes': list(map(json.loads, notes.read_text().splitlines() if notes.exists() else [])),
+               'notes': list(map(json.loads, noted)),
                'seconds_tests': round(time.perf_counter()-began, 1), 'compiled_beside': {}}
     notes.unlink(missing_ok=True)
     write(a.out/'right.json', result)
