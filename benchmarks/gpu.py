@@ -29,14 +29,16 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from rivals import (DIFFUSERS, FULL, OURS, TINY, diffusers_sampling, diffusers_training,
-                    find_missing, for_sampling, ours_net, ours_sampling, ours_training, rival_versions)
+                    find_missing, for_sampling, ours_net, ours_sampling, ours_training,
+                    rival_versions)
 from safetensors.torch import save_file
 from speed import images, machine
-from timing import Settings, ceiling_tasks, count_operations
+from timing import Settings, ceiling_tasks, count_operations, profiled
 
 from ddpm_nbdev.data import epoch_order, load_dataset
 from ddpm_nbdev.ddpm import draw_samples
@@ -51,7 +53,7 @@ from ddpm_nbdev.train import load_checkpoint, preset
 
 ROOT = Path(__file__).parents[1]
 STAGES = 'right', 'fast', 'real', 'judge'
-BORROWED = dict(right=150, fast=120)    # after so many seconds nothing new begins; the rest is `real`'s
+BORROWED = dict(right=150, fast=120)       # seconds after which nothing new begins
 
 def say(what): print(f"# {time.strftime('%T')} {what}", file=sys.stderr, flush=True)
 
@@ -81,7 +83,8 @@ def reported(results, name):
     try: yield
     except Exception as e:                                  # whatever a GPU may answer
         say(f"{name}: {type(e).__name__}: {e}")
-        results.setdefault('failed', {})[name] = f"{type(e).__name__}: {' '.join(str(e).split())[:600]}"
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:600]}"
+        results.setdefault('failed', {})[name] = why
     finally:
         results.setdefault('seconds', {})[name] = round(time.perf_counter()-start, 2)
         gc.collect()
@@ -122,7 +125,8 @@ def right(a, clock):
     warmers = {}
     for n in list(WARM)[:0 if a.tiny else None]:
         said = open(a.out/f"warm {n}.log", 'w+')
-        warmers[n] = start([sys.executable, __file__, *a.again, '--warm', n], stdout=said, stderr=said), said
+        again = [sys.executable, __file__, *a.again, '--warm', n]
+        warmers[n] = start(again, stdout=said, stderr=said), said
     notes = a.out/'notes.jsonl'
     notes.unlink(missing_ok=True)
     env = os.environ | {'DDPM_GPU_NOTES': str(notes), 'DDPM_TEST_DEVICE': a.device,
@@ -136,10 +140,11 @@ def right(a, clock):
         except subprocess.TimeoutExpired: stop(p)
         said.seek(0)
         out = said.read()
+    noted = notes.read_text().splitlines() if notes.exists() else []
     result |= {'tests': [line for line in out.splitlines()
                          if line.startswith(('PASSED', 'FAILED', 'ERROR', 'SKIPPED'))],
                'end': out[-6000:], 'status': p.returncode,
-               'notes': [json.loads(x) for x in notes.read_text().splitlines()] if notes.exists() else [],
+               'notes': list(map(json.loads, noted)),
                'seconds_tests': round(time.perf_counter()-began, 1), 'compiled_beside': {}}
     notes.unlink(missing_ok=True)
     write(a.out/'right.json', result)
@@ -221,7 +226,8 @@ def limits(s):
     found = {}
     for train in (True, False):
         for name, (run, operations) in ceiling_tasks(s, 'bfloat16', train).items():
-            found[f"{'training' if train else 'forward'}, {name}"] = operations/min(rounds_of(run, s, .05))
+            what = f"{'training' if train else 'forward'}, {name}"
+            found[what] = operations/min(rounds_of(run, s, .05))
     n = 256 if s.tiny else 8192
     a, b = (torch.randn(n, n, device=s.device, dtype=torch.bfloat16) for _ in range(2))
     found[f"matrix product {n}"] = 2*n**3/min(rounds_of(lambda: a @ b, s, .05))
@@ -232,16 +238,12 @@ def limits(s):
 
 def kernels(run, s):
     "Where one call's time goes: the longest kernels, milliseconds and how many."
-    from torch.profiler import ProfilerActivity, profile
     gpu = s.device.type == 'cuda'
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*gpu) as prof:
-        run()
-        s.sync()
     rows = [(e.key[:110], (e.self_device_time_total if gpu else e.self_cpu_time_total)/1e3, e.count)
-            for e in prof.key_averages()
-            if not gpu or e.device_type != torch.autograd.DeviceType.CPU]
+            for e in profiled(run, s) if not gpu or e.device_type != torch.autograd.DeviceType.CPU]
     rows.sort(key=lambda r: -r[1])
-    return dict(total_ms=sum(r[1] for r in rows), launches=sum(r[2] for r in rows), longest=rows[:45])
+    return dict(total_ms=sum(r[1] for r in rows), launches=sum(r[2] for r in rows),
+                longest=rows[:45])
 
 def fast(a, clock):
     "Rows until the time is over, the most wanted ones first; what is fastest is written down."
@@ -252,7 +254,8 @@ def fast(a, clock):
     def store(): write(a.out/'fast.json', result)
     for group, *row in PLAN:
         name = ', '.join([group, *row[:2]])
-        if row and (row[0] in s.missing or a.tiny and {'compiled', 'recorded'} & row[3].keys()): continue
+        if row and row[0] in s.missing: continue
+        if row and a.tiny and {'compiled', 'recorded'} & row[3].keys(): continue
         whole = f"{name}, recorded"                         # the same and more, if it ran
         if row and row[3] == COMPILED and whole in result.get('seconds', {}) \
            and whole not in result.get('failed', {}): continue
@@ -270,14 +273,12 @@ def fast(a, clock):
 def best(fast_result, group):
     "The fastest of our own rows of a group, or the plainest where none was measured."
     rows = [r for r in fast_result.get('rows', []) if r['group'] == group and r['what'] == OURS]
-    if not rows: return dict(precision='bfloat16'), None
-    row = min(rows, key=lambda r: r['seconds'])
-    return row['options'], row['seconds']
+    return min(rows, key=lambda r: r['seconds'])['options'] if rows else B
 
 # ---- real
 
 def planes(weights):
-    "bfloat16 tensors as two strings of bytes: sign and most of the exponent, which compress; the rest."
+    "bfloat16 tensors as two strings of bytes: sign and most of the exponent; the rest."
     flat = torch.cat([weights[k].flatten() for k in sorted(weights)]).contiguous()
     pairs = flat.view(torch.uint8).reshape(-1, 2)                       # little endian
     return pairs[:, 1].contiguous().numpy().tobytes(), pairs[:, 0].contiguous().numpy().tobytes()
@@ -305,7 +306,8 @@ def unpack(parts):
     for k in head['chunks']:
         high += lzma.decompress(whole[at:at+k])
         at += k
-    pairs = torch.stack([torch.frombuffer(bytearray(v), dtype=torch.uint8) for v in (whole[at:], high)], 1)
+    both = (torch.frombuffer(bytearray(v), dtype=torch.uint8) for v in (whole[at:], high))
+    pairs = torch.stack(list(both), 1)
     flat, weights, at = pairs.contiguous().view(torch.bfloat16).flatten(), {}, 0
     for k, shape in head['shapes'].items():
         n = torch.Size(shape).numel()
@@ -341,10 +343,11 @@ AFTERWARDS = 55                     # seconds for weights, the compiler once mor
 
 def real(a, clock):
     "Train until little time is left, then weights and samples."
-    fast_result = json.loads((a.out/'fast.json').read_text()) if (a.out/'fast.json').exists() else {}
+    file = a.out/'fast.json'
+    fast_result = json.loads(file.read_text()) if file.exists() else {}
     result = {'machine': machine(torch.device(a.device)), 'data': a.note}
     data = load_dataset('cifar10', data_dir=a.data) if a.data else images(None)
-    options, seconds = best(fast_result, 'training')
+    options = best(fast_result, 'training')
     tf32(True)
     torch.backends.cudnn.benchmark = True                # of all rows and of the run
     run, began = Path(a.run or a.out/'run'), time.time()
@@ -353,7 +356,8 @@ def real(a, clock):
         cfg = real_settings(a, options)
         if failed := result.pop('failed', None): failures.append(failed)
         if a.steps: cfg = replace(cfg, steps=a.steps)
-        result |= {'config': dict(cfg.__dict__), 'training_options': options, 'failed_before': failures}
+        result |= {'config': dict(cfg.__dict__), 'training_options': options,
+                   'failed_before': failures}
         time_left = max(5, clock.left() - AFTERWARDS)
         say(f"training for {time_left:.0f} s, {options}")
         with reported(result, 'training'): ddpm = train_for(time_left, cfg, run, a, data)
@@ -369,7 +373,7 @@ def real(a, clock):
         result['bytes_packed'] = [(a.out/f"weights.{i}").stat().st_size for i in range(4)]
     write(a.out/'real.json', result)
     pictures, n = {}, 4 if a.tiny else 256
-    quick, _ = best(fast_result, 'sampling')
+    quick = best(fast_result, 'sampling')
     with reported(result, 'samples'):
         drawing = for_sampling(ddpm, **quick)
         drawing.model.eval()
@@ -379,7 +383,8 @@ def real(a, clock):
                       torch.ones(n, dtype=torch.int64, device=ddpm.device))
         drew = time.perf_counter()
         pictures['samples'] = draw_samples(drawing, n, seed=0)
-        result |= {'seconds_samples': time.perf_counter()-drew, 'samples': n, 'sampling_options': quick}
+        result |= {'seconds_samples': time.perf_counter()-drew, 'samples': n,
+                   'sampling_options': quick}
         save_file(pictures, a.out/'pictures.safetensors')
         write(a.out/'real.json', result)
     with reported(result, 'nearest'):
@@ -398,90 +403,99 @@ def short(ddpm):
 
 # ---- judge
 
+class Case(Settings):
+    "A run to be judged: `ddpm`, the faster `low`, `data`, and what was found so far."
+    def store(self):
+        "What there is by now; entry 0 of a table of t is no number."
+        whole = {k: v.nan_to_num(0) if v.is_floating_point() else v
+                 for k, v in self.pictures.items()}
+        save_file(whole, self.out/'judged.safetensors')
+        write(self.out/'judge.json', self.result)
+
+def loaded(c, path, **kw):
+    "The DDPM of a run or checkpoint, and the same as one draws from it."
+    ddpm = load_checkpoint(path, device=c.device, **kw)
+    if c.tiny: ddpm = replace(ddpm, sched=short(ddpm))
+    return ddpm, for_sampling(ddpm, 'bfloat16', recorded=c.device.type == 'cuda')
+
+def bits(c, model, n, name):
+    "Every term of the bound for n test images."
+    began, g = time.perf_counter(), torch.Generator().manual_seed(subseed(0, 3))
+    places = epoch_order(len(c.data.test), 0, 0)[:n]
+    r = evaluate_bits_per_dim(model, c.data.test[places], g, index=places, batch_size=c.T)
+    names = 'n', 'total', 'total_error', 'L_T', 'L_mid', 'L_0'
+    c.result[name] = {k: getattr(r, k) for k in names} | {'seconds': time.perf_counter()-began}
+    return r
+
+def all_bits(c):
+    r = bits(c, c.low, c.n, 'test')
+    c.pictures |= {f"test_{k}": getattr(r, k).cpu() for k in ('terms', 'errors', 'mse')}
+
+def bits_in_float32(c):
+    tf32(False)
+    for name, model in (('bfloat16', c.low), ('float32', c.ddpm)):
+        bits(c, model, min(16, c.n), f"test_few_{name}")
+    tf32(True)
+
+def table_of_errors(c):
+    places = epoch_order(len(c.data.train), 0, 1)[:c.n]
+    c.pictures['mse'] = measure_mse(c.low, c.data.train[places], batch_size=c.n)
+
+def whole_chain(c):
+    "x_t and the guess of x_0 at twelve moments."
+    moments = {c.T, 1, *(round(c.T*f) for f in (.9, .8, .7, .6, .5, .4, .3, .2, .1, .05))}
+    g, seen = torch.Generator(c.device).manual_seed(1), []
+    for t, *pair in c.low.chain(4 if c.tiny else 16, g):
+        if t in moments: seen.append((t, *(to_uint8(v.clamp(-1, 1)).cpu() for v in pair)))
+    ts, xs, x0s = zip(*seen)
+    c.pictures |= {'chain_t': torch.tensor(ts), 'chain_x': torch.stack(xs),
+                   'chain_x0': torch.stack(x0s)}
+
+def interpolations(c):
+    ends = to_model_range(c.data.test[torch.arange(8) % len(c.data.test)]).to(c.device)
+    for t in (c.T//2, 3*c.T//4):
+        out = interpolate(c.low, ends[:4], ends[4:], t, [i/8 for i in range(9)],
+                          torch.Generator().manual_seed(0))
+        c.pictures[f"interpolation_{t}"] = to_uint8(out.flatten(0, 1)).reshape(out.shape).cpu()
+    c.pictures['interpolated'] = to_uint8(ends).cpu()
+
+def shared_latents(c):
+    "Samples that part from one chain at four moments."
+    g = torch.Generator(c.device).manual_seed(2)
+    path = {c.T: torch.randn(1, *c.ddpm.shape, generator=g, device=c.device)}
+    for t, xt, _ in c.low.chain(xT=path[c.T], generator=g): path[t-1] = xt
+    for t in (c.T, 3*c.T//4, c.T//2, c.T//4):
+        out = path[t].expand(2 if c.tiny else 8, *c.ddpm.shape).contiguous()
+        for _, out, _ in c.low.chain(xT=out, generator=g, start=t): pass
+        c.pictures[f"shared_{t}"] = to_uint8(out.clamp(-1, 1)).cpu()
+
+def samples_of(c, path):
+    "Of an earlier checkpoint; of the first one with the weights themselves, too."
+    step, n = int(path.stem), 4 if c.tiny else 64
+    c.pictures[f"samples_{step}"] = draw_samples(loaded(c, path)[1], n, seed=0)
+    if 'raw' in c.result: return
+    c.pictures[f"raw_{step}"] = draw_samples(loaded(c, path, ema=False)[1], n, seed=0)
+    c.result['raw'] = step
+
+PARTS = {'bits': all_bits, 'bits in float32': bits_in_float32, 'table of errors': table_of_errors,
+         'chain': whole_chain, 'interpolations': interpolations, 'shared latents': shared_latents}
+
 def judge(a, clock):
     "Numbers and pictures of a run that `real` made, the most wanted ones first."
     run, device = Path(a.run or a.out/'run'), torch.device(a.device)
-    result, pictures = {'machine': machine(device)}, {}
     data = load_dataset('cifar10', data_dir=a.data) if a.data else images(None)
+    c = Case(out=a.out, tiny=a.tiny, device=device, data=data, pictures={},
+             result={'machine': machine(device)}, n=min(2 if a.tiny else 500, len(data.test)))
     tf32(True)
-    ddpm = load_checkpoint(run, device=device)
-    if a.tiny: ddpm = replace(ddpm, sched=short(ddpm))
-    low = for_sampling(ddpm, 'bfloat16', recorded=device.type == 'cuda')
-    low.model.eval()
-    n = 2 if a.tiny else 500
-    T = ddpm.sched.T
-    places = epoch_order(len(data.test), 0, 0)[:min(n, len(data.test))]
-    x = data.test[places]
-    def store():
-        whole = {k: v.nan_to_num(0) if v.is_floating_point() else v for k, v in pictures.items()}
-        save_file(whole, a.out/'judged.safetensors')       # entry 0 of a table of t is no number
-        write(a.out/'judge.json', result)
-    def bits(model, m, name):
-        began = time.perf_counter()
-        r = evaluate_bits_per_dim(model, x[:m], torch.Generator().manual_seed(subseed(0, 3)), index=places[:m],
-                                  batch_size=T)
-        result[name] = {k: getattr(r, k) for k in ('n', 'total', 'total_error', 'L_T', 'L_mid', 'L_0')}
-        result[name]['seconds'] = time.perf_counter()-began
-        return r
-    with reported(result, 'bits'):
-        r = bits(low, n, 'test')
-        pictures |= {f"test_{k}": getattr(r, k).cpu() for k in ('terms', 'errors', 'mse')}
-        store()
-    with reported(result, 'bits in float32'):
-        tf32(False)
-        few = 2 if a.tiny else 16
-        result['test_16_low'] = (bits(low, few, 'test_few_bfloat16'), bits(ddpm, few, 'test_few_float32')) and few
-        tf32(True)
-        store()
-    with reported(result, 'table of errors'):
-        pictures['mse'] = measure_mse(low, data.train[epoch_order(len(data.train), 0, 1)[:n]], batch_size=n)
-        store()
-    with reported(result, 'chain'):
-        m = 4 if a.tiny else 16
-        keep = {T, *(round(T*f) for f in (.9, .8, .7, .6, .5, .4, .3, .2, .1, .05)), 1}
-        xs, x0s, ts = [], [], []
-        g = torch.Generator(device).manual_seed(1)
-        for t, xt, x0 in low.chain(m, g):
-            if t in keep:
-                ts.append(t)
-                xs.append(to_uint8(xt.clamp(-1, 1)).cpu())
-                x0s.append(to_uint8(x0.clamp(-1, 1)).cpu())
-        pictures |= {'chain_t': torch.tensor(ts), 'chain_x': torch.stack(xs), 'chain_x0': torch.stack(x0s)}
-        store()
-    with reported(result, 'interpolations'):
-        pairs = to_model_range(data.test[torch.arange(8) % len(data.test)]).to(device)
-        for t in (T//2, 3*T//4):
-            out = interpolate(low, pairs[:4], pairs[4:], t, [i/8 for i in range(9)],
-                              torch.Generator().manual_seed(0))
-            pictures[f"interpolation_{t}"] = to_uint8(out.flatten(0, 1)).reshape(out.shape).cpu()
-        pictures['interpolated'] = to_uint8(pairs).cpu()
-        store()
-    with reported(result, 'shared latents'):
-        g = torch.Generator(device).manual_seed(2)
-        path = {T: torch.randn(1, *ddpm.shape, generator=g, device=device)}
-        for t, xt, _ in low.chain(xT=path[T], generator=g): path[t-1] = xt
-        m = 2 if a.tiny else 8
-        for t in (T, 3*T//4, T//2, T//4):
-            start = path[t].expand(m, *ddpm.shape).contiguous()
-            out = start
-            for _, out, _ in low.chain(xT=start, generator=g, start=t): pass
-            pictures[f"shared_{t}"] = to_uint8(out.clamp(-1, 1)).cpu()
-        store()
-    for path in sorted((run/'checkpoints').glob('*.safetensors')):
+    c.ddpm, c.low = loaded(c, run)
+    c.low.model.eval()
+    c.T = c.ddpm.sched.T
+    earlier = {f"samples of {p.stem}": partial(samples_of, path=p)
+               for p in sorted((run/'checkpoints').glob('*.safetensors'))}
+    for name, part in (PARTS | earlier).items():
         if clock.left() < 15: break
-        with reported(result, f"samples of {path.stem}"):
-            early = load_checkpoint(path, device=device)
-            if a.tiny: early = replace(early, sched=short(early))
-            early = for_sampling(early, 'bfloat16', recorded=device.type == 'cuda')
-            pictures[f"samples_{int(path.stem)}"] = draw_samples(early, 4 if a.tiny else 64, seed=0)
-            if not result.get('raw') and int(path.stem) >= 2:
-                raw = load_checkpoint(path, ema=False, device=device)
-                if a.tiny: raw = replace(raw, sched=short(raw))
-                pictures[f"raw_{int(path.stem)}"] = draw_samples(for_sampling(raw, 'bfloat16', recorded=device.type == 'cuda'),
-                                                        4 if a.tiny else 64, seed=0)
-                result['raw'] = int(path.stem)
-            store()
-    store()
+        with reported(c.result, name): part(c)
+        c.store()
 
 # ---- the command
 
@@ -489,7 +503,8 @@ DO = dict(right=right, fast=fast, real=real, judge=judge)
 
 def parser():
     "The command line."
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument('--data', help="folder of CIFAR-10, or its archive (default: random images)")
     p.add_argument('--minutes', type=float, default=10., help="time for all stages together")
     p.add_argument('--out', type=Path, required=True, help="folder of the results")
@@ -498,7 +513,8 @@ def parser():
     p.add_argument('--steps', type=int, help="updates of `real` (default: what the time allows)")
     p.add_argument('--note', default='', help="what to say of the data")
     p.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
-    p.add_argument('--tiny', action='store_true', help="a narrow network, few steps: does it all run?")
+    p.add_argument('--tiny', action='store_true',
+                   help="a narrow network, few steps: does it all run?")
     p.add_argument('--began', type=float, help=argparse.SUPPRESS)
     p.add_argument('--alone', choices=STAGES, help=argparse.SUPPRESS)
     p.add_argument('--warm', choices=list(WARM), help=argparse.SUPPRESS)

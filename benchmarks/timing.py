@@ -192,14 +192,19 @@ KINDS = {  # words in the names of torch's operators -> what they do; the first 
     'copies': ('copy', 'cat', 'clone', 'pad', 'upsample', 'fill_', 'zero'),
     'sums and products': ('aten::add', 'aten::mul', 'aten::div', 'aten::sum', 'aten::where')}
 
-def seconds_by_kind(step, s):
-    "Seconds of one step by what they were spent on, as torch's profiler sees it."
+def profiled(step, s):
+    "What torch's profiler saw of one call: operators and, on a GPU, their kernels."
     cuda = s.device.type == 'cuda'
     with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA]*cuda) as prof:
         step()
         s.sync()
+    return prof.key_averages()
+
+def seconds_by_kind(step, s):
+    "Seconds of one step by what they were spent on, as torch's profiler sees it."
+    cuda = s.device.type == 'cuda'
     parts = dict.fromkeys([*KINDS, 'other'], 0.)
-    for e in prof.key_averages():
+    for e in profiled(step, s):
         if cuda and e.device_type != torch.autograd.DeviceType.CPU:
             continue                                   # a kernel's time is also its operator's
         kind = next((k for k, words in KINDS.items() if any(w in e.key for w in words)), 'other')

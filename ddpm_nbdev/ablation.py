@@ -345,7 +345,7 @@ def _claim(out, budget, overwrite):
               if old.get(k) != v]
     if differ and not overwrite:
         raise ValueError(f"the table in {out} has other settings: {'; '.join(differ)}; "
-                         "choose another out, or overwrite it")
+                         "choose another out, or --overwrite it")
     if overwrite:
         for name in {cell.name for cells in TABLES.values() for cell in cells}:
             for run in out.glob(f'{name}-seed*'): shutil.rmtree(run)
@@ -392,14 +392,14 @@ def _reporter(jobs, say):
 
 def _write_table(out, table, budget):
     "The finished rows as Markdown, CSV and JSON, and a picture; each file whole."
-    rows, text, png = _read_rows(out, table), io.StringIO(), io.BytesIO()
-    keys = ['cell', 'seed', 'failed', 'spikes', *(k for k in _COLUMNS if k != 'stable')]
-    writer = csv.DictWriter(text, keys, lineterminator='\n')
-    writer.writerows([dict(zip(keys, keys)), *rows])
+    rows, f, png = _read_rows(out, table), io.StringIO(), io.BytesIO()
+    ks = ['cell', 'seed', 'failed', 'spikes', *(k for k in _COLUMNS if k != 'stable')]
+    csv.DictWriter(f, ks, lineterminator='\n').writerows([{k: k for k in ks}, *rows])
     plot_cells(out, table, rows[0]['seed']).savefig(png, format='png')
-    write_whole(out/f'{table}.md', (markdown_table(rows, budget.dataset)+'\n').encode())
-    write_whole(out/f'{table}.csv', text.getvalue().encode())
-    write_whole(out/f'{table}.png', png.getvalue())
+    head = f"{budget.dataset}: {budget.steps} updates, T = {budget.T}"
+    md = f"{head}\n\n{markdown_table(rows, budget.dataset)}\n"
+    files = dict(md=md.encode(), csv=f.getvalue().encode(), png=png.getvalue())
+    for end, data in files.items(): write_whole(out/f'{table}.{end}', data)
     write_json(out/f'{table}.json', {'budget': asdict(budget), 'rows': rows,
                                      'cells': _summarize(rows)})
     return rows

@@ -127,6 +127,11 @@ def _split_images(folder:Path)->_Split:
             notes.append(f"not used in {_shown(folder)}: {', '.join(unused)}, beside "
                          f"{train.name} and {test.name}")
         return _Split(images, found[1].files, f"{test.name} is for testing", notes)
+    alone = sorted({p.relative_to(folder).parts[0] for p in images if p.parent != folder
+                    and p.relative_to(folder).parts[0].lower() in _TESTS})
+    if alone:
+        notes.append(f"{_shown(alone[0])} is read like the rest: for testing it would "
+                     "have to lie beside a folder train")
     if len(images) < 2:
         raise ValueError(f"only one image in {_shown(folder)}: at least two are "
                          "needed, one to train on and one to test")

@@ -156,7 +156,7 @@ def _check_settings(cfg):
         raise ConfigError("keep_every must be a multiple of checkpoint_every="
                           f"{cfg.checkpoint_every}, got {cfg.keep_every}")
     if cfg.cuda_graph and (cfg.shards > 1 or cfg.clip == 'shard'):
-        raise ConfigError("cuda_graph=True needs shards=1 and clip='batch'")
+        raise ConfigError("--cuda-graph needs shards=1 and clip='batch'")
     if cfg.variance == 'learned' and cfg.objective == 'simple':
         raise ConfigError("variance='learned' needs objective='vlb': "
                           "the variance does not occur in eq. 14")
@@ -381,7 +381,7 @@ class TrainState:
         self.cfg, self.device = cfg, torch.device(device)
         self.step, self.seconds, self.recorded = 0, 0., None
         if cfg.cuda_graph and (self.device.type != 'cuda' or size() > 1):
-            raise ConfigError("cuda_graph=True is for one process with a GPU")
+            raise ConfigError("--cuda-graph: only for one process with a GPU")
         fingerprint = zlib.crc32(data.train.contiguous().numpy())
         self.data = [len(data.train), fingerprint]              # to notice other images
         torch.manual_seed(subseed(cfg.seed, 0))                 # initialization

@@ -30,7 +30,8 @@ from ddpm_nbdev.data import DATASETS, Batches, Dataset, _coins, _mirror, batch_i
 from ddpm_nbdev.formats import SOURCES, _Progress, fetch
 from ddpm_nbdev.images import read_image
 from ddpm_nbdev.machines import _free_memory
-from ddpm_nbdev.pictures import _split_images
+from ddpm_nbdev.pictures import _split_images, read_folder
+from ddpm_nbdev.plot import save_images
 from ddpm_nbdev.train import _small_unet_args
 
 HOME = Path(ddpm_nbdev.__file__).parent
@@ -1034,3 +1035,13 @@ def test_what_the_machines_data_look_like():
     for bad in ("load_dataset('cifar10', 32)", 'load_dataset("fashion_mnist").test', "read_cifar10()", "os.environ['DDPM_DATA']"): assert FROM_THE_MACHINE.search(bad)
     for good in ("load_dataset('cifar10', data_dir=root)", "load_dataset('digits')", "read_fashion_mnist(folder)", "preset('cifar10')"):
         assert not FROM_THE_MACHINE.search(good)
+
+
+def test_a_folder_for_testing_without_one_for_training_is_pointed_out(tmp_path, capsys):
+    g = torch.Generator().manual_seed(0)
+    for name in ("1.png", "2.png", "3.png", "Val/4.png"):
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        save_images(torch.randint(0, 256, (1, 3, 8, 8), generator=g, dtype=torch.uint8), tmp_path/name)
+    train, test = read_folder(tmp_path)
+    assert len(train) + len(test) == 4
+    assert "Val is read like the rest: for testing it would have to lie beside a folder train" in capsys.readouterr().err

@@ -191,7 +191,7 @@ def test_bfloat16_is_near():
 
 
 def test_a_recording_needs_a_gpu_and_one_piece():
-    with pytest.raises(ConfigError, match="one process with a GPU"):
+    with pytest.raises(ConfigError, match="only for one process with a GPU"):
         TrainState(preset("digits", cuda_graph=True), load_dataset("digits"), "cpu")
     with pytest.raises(ConfigError, match="shards=1"): preset("digits", cuda_graph=True, shards=2)
 
