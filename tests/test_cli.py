@@ -182,7 +182,7 @@ def test_a_run_is_not_its_path(call, here, pictures, monkeypatch):
     assert go("folder:../moved", "--out", "../renamed", "--resume", "--steps", 11) == (0, "", "") and stored(here/"renamed").endswith("/moved")
     assert [r["step"] for r in read_log(here/"renamed")] == [4, 5, 6, 7, 8, 9, 10, 11]
     before = contents(here/"renamed")
-    failed(go("folder:../pictures", "--out", "../renamed", "--resume"), 1, "no such folder: ../pictures")
+    failed(go("folder:../pictures", "--out", "../renamed", "--resume"), 1, f"no such folder: {pictures.resolve()}")
     Image.new("RGB", (9, 10)).save(here/"moved/3.png")
     failed(go("folder:../moved", "--out", "../renamed", "--resume", "--steps", 12), 1, "the training images are not those it began with")
     assert contents(here/"renamed") == before
@@ -250,7 +250,7 @@ def test_a_run_begins_with_a_diffusers_folder(call, here, pictures):
 
 
 def test_a_network_of_another_shape_is_no_beginning(call, here, run, pictures):
-    failed(call(ddpm_train, "folder:pictures", "--init", "digits", "--size", 4), 1, "digits is for images of 1x8x8, and those of folder:pictures are 1x4x4")
+    failed(call(ddpm_train, "folder:pictures", "--init", "digits", "--size", 4), 1, "digits is for images of 1x8x8, and those of folder:", "/pictures are 1x4x4")
     (here/"a.json").write_text('{"model_args": {"ch": 8, "ch_mult": [1, 2], "attn_resolutions": [], "groups": 4}}')
     failed(call(ddpm_train, "digits", *QUICK, "--init", run, "--config", "a.json"), 1, "weights of another architecture")
     failed(call(ddpm_train, "digits", "--init", "nowhere/at/all"), 1, "nowhere/at/all")
@@ -413,10 +413,10 @@ def test_unknown_dataset(call, here):
 
 
 def test_bad_folders(call, here, pictures):
-    failed(call(ddpm_train, "folder:nowhere"), 1, "no such folder: nowhere")
+    failed(call(ddpm_train, "folder:nowhere"), 1, "no such folder: ", "/nowhere")
     failed(call(ddpm_train, "folder:"), 1, "needs a path")
     (here/"empty").mkdir()
-    failed(call(ddpm_train, "folder:empty"), 1, "no pictures in empty")
+    failed(call(ddpm_train, "folder:empty"), 1, "no pictures in ", "/empty")
     (pictures/"3.png").write_bytes((pictures/"3.png").read_bytes()[:100])
     (pictures/"bad.jpg").write_text("no image")
     failed(call(ddpm_train, "folder:pictures", *QUICK), 1, "3.png", "bad.jpg", "2 of 13 images cannot be read")

@@ -330,8 +330,7 @@ def test_many_runs_at_once_leave_one_whole_run(tmp_path):
     code = f"""
 import sys, time
 sys.path.insert(0, {str(os.path.dirname(__file__))!r})
-import signal, torch; torch.set_num_threads(1)
-if hasattr(signal, "SIGHUP"): signal.signal(signal.SIGHUP, signal.{hangup})     # pytest may run under nohup
+import torch; torch.set_num_threads(1)
 from test_train import TINY, train
 print('ready', flush=True); sys.stdin.readline()
 try: train(TINY, {str(tmp_path/"run")!r}, progress=False)
