@@ -109,8 +109,8 @@ export function digit(place, failed) {
   const T = () => options.steps, wrap = f => async (...args) => { try { await f(...args); } catch (e) { failed(e); } };
   const pad = drawing(symbol("x_0", "x0"), () => { from = "yours"; update(); });
   const xt = picture(symbol("x_t", "xt"), "x_t: the noised digit");
-  const eps = picture(symbol("ε", "eps"), "the noise that was added", {most: 3});
-  const guess = picture(symbol("ε_θ", "theta"), "the network's guess of the noise", {most: 3});
+  const eps = picture(symbol("ε", "eps"), "the noise that was added", {most: 2.5});
+  const guess = picture(symbol("ε_θ", "theta"), "the network's guess of the noise", {most: 2.5});
   const clean = picture(symbol("x̂_0", "x0"), "the image that this guess implies");
   const slider = el("input", {type: "range", min: 0, max: 1000, step: 1, value: 400, oninput: () => { halt(); moved(); }});
   const number = el("output", {class: "live-number"});
@@ -147,7 +147,7 @@ export function digit(place, failed) {
   });
   const update = (keep = false) => fresh(keep);
   const moved = eachFrame(() => { from = "yours"; update(); });
-  function halt() { if (running) { running = false; go.textContent = "Run"; ask("stop"); } }
+  function halt() { if (running) { running = false; go.textContent = "Run"; ask("stop", {part: "digit"}).catch(failed); } }
 
   const step = wrap(async () => {
     halt();
@@ -184,7 +184,7 @@ export function digit(place, failed) {
 
 /** The bound of a digit, term by term. */
 export function bits(place, failed) {
-  const pad = drawing(symbol("x_0", "x0"), eachFrame(() => { ask("stop").catch(() => {}); clear(); }));
+  const pad = drawing(symbol("x_0", "x0"), eachFrame(() => { ask("stop", {part: "bits"}).catch(failed); clear(); }));
   const {options, row} = choices(() => go(), {steps: true});
   const plot = el("canvas", {class: "live-plot", role: "img", "aria-label": "the terms of the bound, from t = T on the left to t = 1 on the right"});
   const says = el("p", {class: "live-says", "aria-live": "polite"});
@@ -251,7 +251,6 @@ export function mix(place, failed) {
     number.textContent = `t = ${t*10}`;
     slider.setAttribute("aria-valuetext", `t = ${t*10} of 1000`);
     try {
-      await ask("stop");
       const end = await ask("mix", {a: DIGITS[a], b: DIGITS[b], t, lambdas, options}, ({i, x0}) => { if (mine === count) pictures[i].draw(x0); });
       if (!end.stopped && mine === count) says.textContent = t === 0
         ? "t = 0: nothing is noised, and what lies between two images is one over the other."

@@ -8,18 +8,21 @@ const PARTS = {digit, bits, mix, plane, pixel};
 
 /** The stored picture, which readers without scripts see, makes room for the part that is alive. */
 function awaken(place) {
-  const still = place.closest(".cell, section > *, main > *")?.previousElementSibling;
-  const make = PARTS[place.dataset.part];
+  const still = "instead" in place.dataset ? place.previousElementSibling : null, words = [...place.childNodes];
   const failed = e => {
-    place.replaceChildren(el("p", {class: "live-error", role: "alert"}, `This part does not run here: ${e.message}. The picture above shows what it does.`));
+    place.replaceChildren(el("p", {class: "live-error", role: "alert"}, `This part does not run here: ${e.message}.`), ...words);
     still?.classList.remove("live-still");
   };
-  try {
-    place.replaceChildren();
-    Promise.resolve(make(place, failed)).catch(failed);
-    if (place.dataset.instead !== undefined) still?.classList.add("live-still");
-  } catch (e) { failed(e); }
+  const make = PARTS[place.dataset.part];
+  place.replaceChildren();
+  still?.classList.add("live-still");
+  Promise.resolve().then(() => make(place, failed)).catch(failed);
 }
 
 if (!globalThis.DDPM_INSIDE) document.head.append(el("link", {rel: "stylesheet", href: new URL("live.css", import.meta.url)}));
-document.querySelectorAll(".live").forEach(awaken);
+// A part begins to work when it comes near the window: a reader who never scrolls there pays nothing for it.
+const near = new IntersectionObserver(entries => entries.filter(e => e.isIntersecting).forEach(({target}) => {
+  near.unobserve(target);
+  awaken(target);
+}), {rootMargin: "300px"});
+document.querySelectorAll(".live").forEach(e => near.observe(e));

@@ -2,7 +2,8 @@
 // A message {id, does, ...} is answered by {id, value}, {id, error}, or many {id, part} before {id, value}.
 import * as D from "./ddpm.mjs";
 
-let net, config, current = 0;                              // current: the newest long task; older ones stop
+let net, config;
+const current = {};                                        // of each part of the page, its newest long task; older ones stop
 const KEY = 3141116543;                                    // of `ddpm_sample --seed 0`: its samples, number by number
 
 const soon = (() => {                                      // let messages in; setTimeout would wait 4 ms
@@ -11,6 +12,7 @@ const soon = (() => {                                      // let messages in; s
   return () => new Promise(done => { waiting.push(done); port2.postMessage(0); });
 })();
 
+const begin = part => { const mine = current[part] = (current[part] ?? 0) + 1; return () => mine !== current[part]; };
 const chains = {};
 const chain = steps => chains[steps] ??= D.linearSchedule(config.schedule.args, steps);
 const noise = (index, t, n) => D.indexedNoise(KEY, index, t, n);
@@ -40,7 +42,7 @@ const tasks = {
   look: ({xt, t, options}) => look(chain(options.steps), xt, t, options),
   /** Algorithm 2 from x_t down to `until`. */
   async run({xt, t, until = 0, options}, tell) {
-    const sched = chain(options.steps), mine = ++current, begun = performance.now();
+    const sched = chain(options.steps), over = begin("digit"), begun = performance.now();
     let p = look(sched, xt, t, options), told = 0, calls = 1;
     while (p.t > until) {
       p = look(sched, back(sched, p, options), p.t-1, options);
@@ -49,14 +51,14 @@ const tasks = {
       tell(p);
       told = performance.now();
       await soon();
-      if (mine !== current) return {...p, stopped: true};
+      if (over()) return {...p, stopped: true};
     }
     return {...p, ms: (performance.now()-begun)/calls};
   },
-  stop() { current++; },
+  stop({part}) { begin(part); },
   /** The bound of Eq. 5 for one digit, from L_T down to L_0. */
   async bits({x0, options}, tell) {
-    const sched = chain(options.steps), mine = ++current, {levels, mse: {values}} = config;
+    const sched = chain(options.steps), over = begin("bits"), {levels, mse: {values}} = config;
     let terms = [[sched.T+1, D.priorTerm(sched, x0)]], told = performance.now();
     for (let t = sched.T; t > 0; t--) {
       const eps = noise(options.index, t, 64), xt = D.qSample(sched, x0, t, eps);
@@ -66,13 +68,13 @@ const tasks = {
       terms = [];
       told = performance.now();
       await soon();
-      if (mine !== current) return {stopped: true};
+      if (over()) return {stopped: true};
     }
     return {};
   },
   /** Section 4.4: two digits at step t, mixed, and decoded; one part for each lambda. */
   async mix({a, b, t, lambdas, options}, tell) {
-    const sched = chain(options.steps), mine = ++current;
+    const sched = chain(options.steps), over = begin("mix");
     const [xa, xb] = [a, b].map((x, i) => D.qSample(sched, x, t, noise(i, 0, 64)));
     for (const [i, lambda] of lambdas.entries()) {
       let p = look(sched, xa.map((v, j) => (1-lambda)*v + lambda*xb[j]), t, options);
@@ -80,7 +82,7 @@ const tasks = {
       while (p.t > 0) p = look(sched, back(sched, p, options), p.t-1, options);
       tell({i, mixed, x0: p.xt});
       await soon();
-      if (mine !== current) return {stopped: true};
+      if (over()) return {stopped: true};
     }
     return {};
   },
