@@ -48,6 +48,11 @@ export function plane(place) {
     for (let p = 0; p < cloud.length; p += 2) c.fillRect(x(cloud[p])-1.4, y(cloud[p+1])-1.4, 2.8, 2.8);
     number.textContent = `t = ${t}`; slider.value = t; place.dataset.t = t;
   });
+  const farthest = () => {
+    let most = 0;
+    for (let p = 0; p < cloud.length; p += 2) most = Math.max(most, Math.min(...centers.map(([x, y]) => Math.hypot(cloud[p]-x, cloud[p+1]-y))));
+    return most;
+  };
   function stop() { cancelAnimationFrame(timer); timer = null; go.textContent = "Run"; }
   function run() {
     if (!centers.length) { says.textContent = "There are no points to go back to: draw some."; return; }
@@ -60,7 +65,7 @@ export function plane(place) {
       }
       draw();
       if (t > 0) timer = requestAnimationFrame(frame);
-      else { stop(); says.textContent = "Every point of the cloud lies on one of yours. A perfect denoiser of finite data only copies it; a network is useful because it is not perfect."; }
+      else { stop(); says.textContent = `Every point of the cloud lies on one of yours; the farthest is ${farthest().toFixed(2)} away. A perfect denoiser of finite data only copies it; a network is useful because it is not perfect.`; }
     };
     timer = requestAnimationFrame(frame);
   }

@@ -75,7 +75,7 @@ const tasks = {
   /** Section 4.4: two digits at step t, mixed, and decoded; one part for each lambda. */
   async mix({a, b, t, lambdas, options}, tell) {
     const sched = chain(options.steps), over = begin("mix");
-    const [xa, xb] = [a, b].map((x, i) => D.qSample(sched, x, t, noise(i, 0, 64)));
+    const [xa, xb] = [a, b].map((x, i) => D.qSample(sched, x, t, noise(options.index+i, 0, 64)));
     for (const [i, lambda] of lambdas.entries()) {
       let p = look(sched, xa.map((v, j) => (1-lambda)*v + lambda*xb[j]), t, options);
       const mixed = p.xt;
