@@ -270,17 +270,17 @@ def test_bits_are_those_of_the_package(live, ddpm):
 
 @in_browser
 def test_between_two_digits(live, ddpm):
-    "At lambda = 0 and 1/2, with 100 steps from t = 500."
+    "At lambda = 0 and 1/2, with 100 steps from t = 250."
     place = awake(live, "mix")
     live.wait_for_function("() => document.querySelector('.live[data-part=mix]').innerText.includes('decoded by the same chain')")
     data, d = load_dataset("digits"), stride(replace(ddpm, variance="beta_tilde"), even_steps(1000, 100))
     labels = data.test_labels.tolist()
     ends = [to_model_range(data.test[labels.index(i)][None], 17) for i in (4, 9)]
     noise = lambda i: lambda t, x: indexed_noise(subseed(0, 2), torch.tensor([i]), torch.full((1,), t), x)
-    a = d.sched.alpha_bar[50]
+    a = d.sched.alpha_bar[25]
     xa, xb = (a.sqrt()*x + (1-a).sqrt()*noise(i)(0, x) for i, x in enumerate(ends))
     for lam, name in ((0, "between the two digits, lambda 0"), (.5, "between the two digits, lambda 0.5")):
-        for _, x, _ in d.chain(xT=((1-lam)*xa + lam*xb).float(), start=50, noise=noise(0)): pass
+        for _, x, _ in d.chain(xT=((1-lam)*xa + lam*xb).float(), start=25, noise=noise(0)): pass
         found = place.locator(f"canvas[aria-label='{name}']").evaluate(PIXELS)
         assert near(torch.tensor(found).double()/127.5 - 1, x), lam
 

@@ -1,11 +1,14 @@
+#!/usr/bin/env python
 """The living network as one HTML file that opens by double click, without a network or a server.
 
 A browser that reads a file from a disk loads no modules, fetches nothing and starts no worker from another file, so all of it
 stands in the file: the modules, each as a function that returns what it exports, the weights in base64, and the worker as text.
 """
+import argparse
 import base64
 import json
 import re
+from pathlib import Path
 
 
 def function_of(source):
@@ -31,8 +34,11 @@ def parts_of(page):
             yield part, heading, re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", said)
 
 
-def one_file(folder, model, page):
-    "The text of the file: of the folder of modules, the folder of a model, and the page as Markdown."
+def one_file(root):
+    "The text of the file, from the project at `root`: its page, its modules, the digits network."
+    folder, model = root/"nbs/live", root/"ddpm_nbdev/weights/digits"
+    cells = json.loads((root/"nbs/live.ipynb").read_text(encoding="utf-8"))["cells"]
+    page = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
     text = lambda code: json.dumps(code).replace("</", "<\\/")
     weights = base64.b64encode((model/"model.safetensors").read_bytes()).decode()
     body = "\n".join(f"<h{1+(i > 0)}>{heading}</h{1+(i > 0)}>\n<p>{sentence}</p>\n<div class=\"live\" data-part=\"{part}\"></div>" for i, (part, heading, sentence) in enumerate(parts_of(page)))
@@ -55,3 +61,13 @@ globalThis.DDPM_INSIDE = {{
 {script(folder, ['ddpm', 'kit', 'digit', 'pixel', 'plane', 'page'])}
 </script></body></html>
 """
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, metavar="FILE", help="what to write, such as living-network.html")
+    args = parser.parse_args()
+    args.out.write_text(one_file(Path(__file__).resolve().parents[1]), encoding="utf-8")
+
+
+if __name__ == "__main__": main()

@@ -1,5 +1,5 @@
 // A digit, noised and denoised by the network: draw one, drag t, step back, watch its bits.
-import {ask, color, control, eachFrame, el, picture, symbol} from "./kit.mjs";
+import {ask, color, control, eachFrame, el, picture, symbol, wide} from "./kit.mjs";
 
 // The first test image of each digit, 17 gray levels a to q.
 export const DIGITS = `aafnjbaaaanpkpfaadpcaliaaemaaiiaafiaajiaaelabmhaacofkmaaaagnkaaa
@@ -103,83 +103,99 @@ function choices(changed, {steps = true, kind = "beta"} = {}) {
   return {options, row, says};
 }
 
-/** Draw a digit; drag t; step back through Algorithm 2. */
+const SAYS = {
+  yours: "xₜ is made from your digit by Eq. 4. The network has not seen the digit: only xₜ and t.",
+  noise: "x_T is pure noise: nothing of a digit is in it. Run the chain.",
+  step: "One step of Algorithm 2: the mean of p(xₜ₋₁ | xₜ), and noise z of size σ.",
+};
+
+/** Draw a digit; drag t; step back through Algorithm 2. With data-show="forward" only what Eq. 4 says. */
 export function digit(place, failed) {
-  let now = null, busy = false, running = false, from = "yours", again = false;
-  const T = () => options.steps, wrap = f => async (...args) => { try { await f(...args); } catch (e) { failed(e); } };
-  const pad = drawing(symbol("x_0", "x0"), () => { from = "yours"; update(); });
+  const forward = place.dataset.show === "forward";
+  const pad = drawing(symbol("x_0", "x0"), () => begin("yours"));
   const xt = picture(symbol("x_t", "xt"), "x_t: the noised digit");
   const eps = picture(symbol("ε", "eps"), "the noise that was added", {most: 2.5});
   const guess = picture(symbol("ε_θ", "theta"), "the network's guess of the noise", {most: 2.5});
   const clean = picture(symbol("x̂_0", "x0"), "the image that this guess implies");
-  const slider = el("input", {type: "range", min: 0, max: 1000, step: 1, value: 400, oninput: () => { halt(); moved(); }});
-  const number = el("output", {class: "live-number"});
-  const says = el("p", {class: "live-says", "aria-live": "polite"});
-  const {options, row, says: hint} = choices(key => { if (key === "steps") { slider.step = 1000/T(); moved(); } else update(true); });
-  const t = () => Math.round(slider.value*T()/1000);
-  const picks = thumbs("a digit to begin with", i => { pad.set(DIGITS[i]); from = "yours"; halt(); update(); }, 3);
+  const slider = el("input", {type: "range", min: 0, max: 1000, step: 1, value: 400, oninput: () => begin("yours")});
+  const number = el("output", {class: "live-number"}), says = el("p", {class: "live-says", "aria-live": "polite"});
+  const {options, row, says: hint} = choices(key => {
+    if (key !== "steps") return again();
+    slider.step = 1000/options.steps;                        // a shorter chain has only these t
+    begin("yours");
+  });
+  let now = null, origin = "yours", running = false;         // what is shown, where it came from, is a chain under way?
+  const t = () => origin === "noise" ? options.steps : Math.round(slider.value*options.steps/1000);
+  const safely = f => async (...args) => { try { await f(...args); } catch (e) { failed(e); } };
 
   function show(p, words) {
     now = p;
-    xt.draw(p.xt);
-    guess.draw(p.eps);
-    clean.draw(p.x0);
-    eps.draw(p.noise ?? null);
+    [[xt, p.xt], [eps, p.noise], [guess, p.eps], [clean, p.x0]].forEach(([picture, values]) => picture.draw(values ?? null));
     eps.note.textContent = p.noise ? "what was added" : "nobody knows it here";
-    guess.note.textContent = p.eps && p.noise ? `error ${Math.sqrt(p.eps.reduce((s, v, i) => s + (v-p.noise[i])**2, 0)/64).toFixed(2)}` : "";
-    slider.value = p.t*1000/T();
-    number.textContent = `t = ${p.at}`;
+    const error = () => Math.sqrt(p.eps.reduce((s, v, i) => s + (v-p.noise[i])**2, 0)/64).toFixed(2);
+    guess.note.textContent = p.eps && p.noise ? `error ${error()}` : "";
+    slider.value = p.t*1000/options.steps;
     slider.setAttribute("aria-valuetext", `t = ${p.at} of 1000`);
-    if (words) says.textContent = words;
+    number.textContent = `t = ${p.at}`;
     place.dataset.t = p.at;
+    if (words) says.textContent = words;
   }
-  const fresh = wrap(async (keep = false) => {              // one question at a time; the last one is asked again
-    if (busy) { again = again || {keep}; if (!keep) again.keep = false; return; }
-    busy = true;
-    const state = now;
-    const p = keep && from === "chain" && state
-      ? await ask("look", {xt: state.xt, t: state.t, options}) : await ask("noised", {x0: from === "noise" ? null : pad.x, t: from === "noise" ? T() : t(), options});
-    busy = false;
-    if (from === "yours") p.noise ??= null;
-    if (!running) show(p, {yours: "x_t is made from your digit by Eq. 4. The network has not seen the digit: only x_t and t.",
-                noise: "x_T is pure noise: nothing of a digit is in it. Run the chain.", chain: null}[from]?.replace("x_t", "xₜ").replace("x_t", "xₜ").replace("x_T", "x_T"));
-    if (again) { const {keep: k} = again; again = false; fresh(k); }
+  function halt() {
+    if (!running) return;
+    running = false;
+    go.textContent = "Run";
+    ask("stop", {part: "digit"}).catch(failed);
+  }
+  let open = null;                                           // one question at a time; of those that come meanwhile, the last
+  const question = safely(async (does, rest, words) => {
+    if (open) { open.next = [does, rest, words]; return; }
+    open = {next: null};
+    const p = await ask(does, {...rest(), options}), {next} = open;
+    open = null;
+    if (next) return question(...next);
+    if (!running) show(p, words);
   });
-  const update = (keep = false) => fresh(keep);
-  const moved = eachFrame(() => { from = "yours"; update(); });
-  function halt() { if (running) { running = false; go.textContent = "Run"; ask("stop", {part: "digit"}).catch(failed); } }
-
-  const step = wrap(async () => {
+  function begin(from) {                                     // x_t from the digit, or x_T from nothing
     halt();
-    if (!now || now.t === 0) return;
-    from = "chain";
-    show(await ask("run", {xt: now.xt, t: now.t, until: now.t-1, options}), "One step of Algorithm 2: the mean of p(x_{t-1} | x_t), and noise z of size σ.");
-  });
-  const run = wrap(async () => {
+    origin = from;
+    return question("noised", () => ({x0: from === "noise" ? null : pad.x, t: t()}), SAYS[from]);
+  }
+  function again() {                                         // the same x_t with other choices
+    halt();
+    const {xt, t, noise} = now;
+    question("look", () => ({xt, t, noise}));
+  }
+  const step = () => {
+    halt();
+    const {xt, t} = now;
+    if (t > 0) question("run", () => ({xt, t, until: t-1}), SAYS.step);
+  };
+  const run = safely(async () => {
     if (running) return halt();
-    if (!now || now.t === 0) { from = "noise"; await fresh(); }
+    if (now.t === 0) await begin("noise");
     running = true;
-    from = "chain";
     go.textContent = "Pause";
-    const start = now.at, p = await ask("run", {xt: now.xt, t: now.t, options}, part => { if (running) show(part); });
+    const first = now.at, p = await ask("run", {xt: now.xt, t: now.t, options}, part => { if (running) show(part); });
     if (!running || p.stopped) return;
     running = false;
     go.textContent = "Run";
-    show(p, `From t = ${start} down to an image: ${p.ms.toFixed(1)} ms a step on this machine. The same noise gives the same image; New noise gives another.`);
+    show(p, `From t = ${first} down to an image: ${p.ms.toFixed(1)} ms a step on this machine. The same noise gives the same image; New noise gives another.`);
   });
-  const go = el("button", {type: "button", class: "live-main", onclick: run}, "Run");
   const button = (words, f) => el("button", {type: "button", onclick: f}, words);
+  const go = el("button", {type: "button", class: "live-main", onclick: run}, "Run");
+  const picks = thumbs("a digit to begin with", i => { pad.set(DIGITS[i]); begin("yours"); }, 3);
+  const clear = button("Clear", () => { pad.set(new Float64Array(64).fill(-1)); begin("yours"); });
+  const other = button("New noise", () => { options.index++; begin(origin); });
   place.append(
-    el("div", {class: "live-row"}, el("span", {}, "Draw, or take one:"), picks.box, button("Clear", () => { halt(); pad.set(new Float64Array(64).fill(-1)); from = "yours"; update(); })),
-    el("div", {class: "live-pictures"}, pad.box, xt.box, eps.box, guess.box, clean.box),
-    el("div", {class: "live-row"}, el("span", {class: "live-control live-wide"}, el("label", {for: slider.id = "live-t" + Math.random().toString(36).slice(2, 6)}, "noise up to"), slider, number)),
-    el("div", {class: "live-row"}, go, button("One step back", step),
-      button("Start from pure noise", wrap(async () => { halt(); from = "noise"; await fresh(); })),
-      button("New noise", wrap(async () => { halt(); options.index++; if (from === "chain") from = "yours"; await fresh(); })),
-      button("Same noise again", wrap(async () => { halt(); if (from === "chain") from = "noise"; await fresh(); }))),
+    el("div", {class: "live-row"}, el("span", {}, "Draw, or take one:"), picks.box, clear),
+    el("div", {class: "live-pictures"}, pad.box, xt.box, eps.box, ...forward ? [] : [guess.box, clean.box]),
+    el("div", {class: "live-row"}, wide("noise up to", slider, number), forward ? other : null));
+  if (!forward) place.append(
+    el("div", {class: "live-row"}, go, button("One step back", step), button("Start from pure noise", () => begin("noise")), other,
+      button("Same noise again", () => begin(origin))),
     row, says, hint);
   pad.set(DIGITS[3]);
-  return fresh();
+  return begin("yours");
 }
 
 /** The bound of a digit, term by term. */
@@ -209,7 +225,7 @@ export function bits(place, failed) {
       c.textAlign = "right"; c.fillText(v, left-6, y(v)+4);
     }
     c.textAlign = "center";
-    for (const f of [1, .75, .5, .25, 0]) { const t = Math.max(1, Math.round(T*f)); c.fillText(`t = ${t}`, Math.min(w-right-18, Math.max(left+16, x(t))), h-8); }
+    for (const f of w < 380 ? [1, .5, 0] : [1, .75, .5, .25, 0]) { const t = Math.max(1, Math.round(T*f)); c.fillText(`t = ${t}`, Math.min(w-right-18, Math.max(left+16, x(t))), h-8); }
     if (!sums.length) return;
     c.beginPath(); c.moveTo(left, y(0));
     sums.forEach(([t, v]) => c.lineTo(x(t), y(v)));
@@ -244,7 +260,7 @@ export function mix(place, failed) {
   Object.assign(options, {steps: 100, kind: "beta_tilde"});
   let a = 4, b = 9, count = 0;
   const pictures = lambdas.map(l => picture(el("span", {}, `λ = ${l.toFixed(3).replace(/\.?0+$/, "")}`), `between the two digits, lambda ${l}`));
-  const slider = el("input", {type: "range", min: 0, max: 100, value: 50, oninput: () => go()});
+  const slider = el("input", {type: "range", min: 0, max: 100, value: 25, oninput: () => go()});
   const number = el("output", {class: "live-number"}), says = el("p", {class: "live-says", "aria-live": "polite"});
   const go = eachFrame(async () => {
     const t = Number(slider.value), mine = ++count;
@@ -260,7 +276,7 @@ export function mix(place, failed) {
   place.append(
     el("div", {class: "live-row"}, el("span", {}, "from"), thumbs("the first digit", i => { a = i; go(); }, a).box),
     el("div", {class: "live-row"}, el("span", {}, "to"), thumbs("the second digit", i => { b = i; go(); }, b).box),
-    el("div", {class: "live-row"}, el("span", {class: "live-control live-wide"}, el("label", {for: slider.id = "live-mix-t"}, "noised up to"), slider, number),
+    el("div", {class: "live-row"}, wide("noised up to", slider, number),
       el("button", {type: "button", onclick: () => { options.index += 2; go(); }}, "New noise")),
     el("div", {class: "live-pictures live-nine"}, ...pictures.map(p => p.box)), says);
   go();

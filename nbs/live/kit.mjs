@@ -7,7 +7,7 @@ export function el(tag, attributes = {}, ...children) {
     if (k.startsWith("on")) e.addEventListener(k.slice(2), v);
     else if (v !== null && v !== false) e.setAttribute(k, v === true ? "" : v);
   }
-  e.append(...children.filter(c => c !== null));
+  e.append(...children.filter(c => c !== null && c !== undefined));
   return e;
 }
 
@@ -18,6 +18,13 @@ export function control(words, input, after = null) {
   const label = el("label", {for: input.id}, words);
   const parts = input.type === "checkbox" ? [input, label] : [label, input];
   return el("span", {class: "live-control"}, ...parts, after);
+}
+
+/** A slider as wide as there is room, with its words before and its number after it. */
+export function wide(words, slider, number) {
+  const box = control(words, slider, number);
+  box.classList.add("live-wide");
+  return box;
 }
 
 /** A symbol with an index, as text for all: x_t is x<sub>t</sub>. `kind` colors it: x0, xt, eps or theta. */

@@ -1,5 +1,5 @@
 // Points in the plane: their exact denoiser, no training (page 4's formula), and the chain that ends on them.
-import {color, control, eachFrame, el} from "./kit.mjs";
+import {color, control, eachFrame, el, wide} from "./kit.mjs";
 import * as D from "./ddpm.mjs";
 
 const STD = .02, CLOUD = 400, NET = {T: 1000, beta_1: 1e-4, beta_T: .02};
@@ -85,7 +85,7 @@ export function plane(place) {
       button("Clear the points", () => { stop(); centers = []; forward(t); says.textContent = "Draw points of your own."; }),
       button("The spiral", () => { stop(); centers = [...FIRST]; forward(t); })),
     canvas,
-    el("div", {class: "live-row"}, el("span", {class: "live-control live-wide"}, el("label", {for: slider.id = "live-plane-t"}, "noise up to"), slider, number)),
+    el("div", {class: "live-row"}, wide("noise up to", slider, number)),
     el("div", {class: "live-row"}, control("arrows: the score", arrows), control("noise z", z), control("variance σ²", kind)), says);
   says.textContent = "Your points are the data (green). Draw more, or clear them. Run: the blue cloud of noise goes back to them.";
   addEventListener("resize", draw);

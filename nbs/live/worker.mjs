@@ -39,7 +39,7 @@ const tasks = {
     const xt = x0 ? D.qSample(sched, x0, t, eps) : noise(options.index, sched.T+1, n);
     return {...look(sched, xt, t, options), noise: x0 ? eps : null};
   },
-  look: ({xt, t, options}) => look(chain(options.steps), xt, t, options),
+  look: ({xt, t, noise = null, options}) => ({...look(chain(options.steps), xt, t, options), noise}),
   /** Algorithm 2 from x_t down to `until`. */
   async run({xt, t, until = 0, options}, tell) {
     const sched = chain(options.steps), over = begin("digit"), begun = performance.now();
