@@ -248,6 +248,41 @@ def shown(tab, what):
 def settled(tab): tab.evaluate("window.MathJax?.startup?.promise")
 
 
+FOLDS = """() => Object.fromEntries(["idea", "source", "check", "imports", "code"].map(kind => [kind, [...document.querySelectorAll("main details.code-fold")]
+  .filter(e => (e.classList.contains("idea") ? "idea" : {E: "source", C: /^Check/.test(e.innerText) ? "check" : "code", I: "imports"}[e.innerText[0]]) === kind)
+  .map(e => e.open)]))"""
+
+
+def test_three_ways_to_read(tab):
+    "A story shows the lines that are equations; code the exported source; everything the checks. The choice goes from page to page."
+    tab.goto("/reverse.html")
+    tab.wait_for_selector("html[data-read=story]")
+    seen = tab.evaluate(FOLDS)
+    assert seen["idea"] and all(seen["idea"]) and not any(sum((seen[k] for k in ("source", "check", "imports", "code")), []))
+    assert len(seen["check"]) > 5 and len(seen["source"]) >= 3 and tab.locator("details.idea >> text=p_sample_loop").count()
+    tab.get_by_role("button", name="code", exact=True).click()
+    seen = tab.evaluate(FOLDS)
+    assert all(seen["idea"] + seen["source"]) and not any(seen["check"] + seen["imports"])
+    tab.get_by_role("button", name="everything").click()
+    tab.goto("/bound.html")
+    tab.wait_for_selector("html[data-read=everything]")
+    assert all(sum(tab.evaluate(FOLDS).values(), []))
+    tab.get_by_role("button", name="story").focus()
+    tab.keyboard.press("Enter")
+    assert tab.locator("[data-read=story][aria-pressed=true]").count() == 1 and not any(tab.evaluate(FOLDS)["check"])
+
+
+def test_without_scripts_nothing_is_folded_that_a_reader_needs(browser, base):
+    context = browser.new_context(base_url=base, java_script_enabled=False)
+    try:
+        tab = context.new_page()
+        tab.goto("/forward.html")
+        assert not tab.locator(".reading").is_visible()
+        shut = [e.inner_text() for e in tab.locator("main details.code-fold:not([open]) > summary").all()]
+        assert shut and all(words == "Code" or words.startswith(("Check of the solution", "Check")) for words in shut), shut
+    finally: context.close()
+
+
 def test_sidebar_and_neighbors_lead_on(tab):
     tab.goto("/index.html")
     tab.click("#quarto-sidebar >> text=3 The posterior: the ideal step back")
