@@ -259,7 +259,7 @@ def test_three_ways_to_read(tab):
     tab.wait_for_selector("html[data-read=story]")
     seen = tab.evaluate(FOLDS)
     assert seen["idea"] and all(seen["idea"]) and not any(sum((seen[k] for k in ("source", "check", "imports", "code")), []))
-    assert len(seen["check"]) > 5 and len(seen["source"]) >= 3 and tab.locator("details.idea >> text=p_sample_loop").count()
+    assert len(seen["check"]) > 5 and len(seen["source"]) >= 2 and tab.locator("details.idea >> text=p_sample_loop").count()
     tab.get_by_role("button", name="code", exact=True).click()
     seen = tab.evaluate(FOLDS)
     assert all(seen["idea"] + seen["source"]) and not any(seen["check"] + seen["imports"])
@@ -270,6 +270,22 @@ def test_three_ways_to_read(tab):
     tab.get_by_role("button", name="story").focus()
     tab.keyboard.press("Enter")
     assert tab.locator("[data-read=story][aria-pressed=true]").count() == 1 and not any(tab.evaluate(FOLDS)["check"])
+
+
+def test_one_color_for_each_symbol(tab):
+    "In formulas and in code the same; words for those who do not see colors; the equation that a link names is told."
+    tab.goto("/reverse.html")
+    tab.wait_for_selector("[data-symbol=theta]")
+    fills = tab.evaluate("""() => Object.fromEntries(["x0", "xt", "eps", "theta"].map(k => [k, [...new Set([...document.querySelectorAll(`[data-symbol=${k}]`)]
+      .map(e => getComputedStyle(e).fill))]]))""")
+    assert all(len(colors) == 1 for colors in fills.values()) and len({c[0] for c in fills.values()}) == 4
+    words = tab.evaluate("() => [...new Set([...document.querySelectorAll('[data-symbol] > title')].map(e => e.textContent))]")
+    assert len(words) == 4 and any("the image after t steps" in w for w in words)
+    code = tab.evaluate("() => getComputedStyle(document.querySelector('main pre .s-xt')).color")
+    assert code == fills["xt"][0]
+    symbols = tab.evaluate("""() => [...document.querySelectorAll("#algorithm-2 ~ *, #algorithm-2 [data-symbol]")].map(e => e.dataset.symbol).filter(Boolean)""")
+    assert {"xt", "x0", "theta"} <= set(symbols)
+    assert tab.locator("a[title='the reverse process']").count() and tab.locator("a[title='jump to any step']").count()
 
 
 def test_without_scripts_nothing_is_folded_that_a_reader_needs(browser, base):

@@ -19,7 +19,6 @@ function awaken(place) {
   Promise.resolve().then(() => make(place, failed)).catch(failed);
 }
 
-if (!globalThis.DDPM_INSIDE) document.head.append(el("link", {rel: "stylesheet", href: new URL("live.css", import.meta.url)}));
 // A part begins to work when it comes near the window: a reader who never scrolls there pays nothing for it.
 const near = new IntersectionObserver(entries => entries.filter(e => e.isIntersecting).forEach(({target}) => {
   near.unobserve(target);
