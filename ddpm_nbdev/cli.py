@@ -17,6 +17,7 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,13 +36,13 @@ from .models import (_add_metrics, _chain_name, _data_of, _free_name,
                                _metrics_file, _raw_model, find_model)
 from .plot import _save_curve
 from .quality import report
-from .run import (Interrupted, _can_show_progress, _resume_command, _save_samples,
-                            only_writer, train)
+from .run import Interrupted, _resume_command, _save_samples, only_writer, train
 from .runs import (_announce, _begins_with, _check_call, _check_shape,
                              _plan_training, _settings_for, _settings_in,
                              _share_of_the_start)
 from .saved import _mse_to_config, checkpoint_header, current_weights
 from .train import ConfigError, TrainConfig
+from .watch import _log_lines, _shown
 
 # %% ../nbs/20_cli.ipynb #14b45b4b
 def _how_many(
@@ -104,13 +105,14 @@ def _summarize(metrics, out, say):
     say(f"to sample again: {again}")
 
 # %% ../nbs/20_cli.ipynb #a6fe7d89
-def _measure(plan, ddpm, samples, out, say, progress, again):
+def _measure(plan, ddpm, samples, out, say, quiet, again):
     "Draw and measure at the end of a run: images, and what goes into metrics.json."
     cfg, start = plan.cfg, time.perf_counter()
     trained = checkpoint_header(out/'checkpoint.safetensors')['seconds']
     say(f"\ntrained in {trained:.0f} s; now sampling and measuring")
     try:
         n = _how_many(ddpm, samples, '--samples', say)
+        progress = _shown(quiet, say, f"drawing {n} samples", 'steps')
         drawn = draw_samples(ddpm, n, cfg.seed, progress=progress)
         measured = report(ddpm, plan.data, drawn)
     except KeyboardInterrupt:
@@ -168,11 +170,11 @@ def ddpm_train(
         _announce(plan, dataset, out, say)
         again = _resume_command(dataset, out, data_dir=data_dir, samples=samples,
                                 device=device)
+        watch = _log_lines(quiet, say, plan.cfg.steps, out, plan.resume)
         ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
                      progress=not quiet, data=plan.data, again=again,
-                     init=first)
-        progress = not quiet and _can_show_progress()
-        drawn, metrics = _measure(plan, ddpm, samples, out, say, progress, again)
+                     init=first, watch=watch)
+        drawn, metrics = _measure(plan, ddpm, samples, out, say, quiet, again)
         if rank(): return metrics
         if len(drawn): _save_samples(drawn, out/'samples.png', plan.data.levels)
         _save_curve(out, plan.cfg.dataset)
@@ -254,7 +256,7 @@ def ddpm_sample(
     shown, start = [], time.perf_counter()
     watch = lambda t, x: shown.append(x[:8].cpu()) if t in moments else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    progress = not quiet and _can_show_progress()
+    progress = _shown(quiet, say, f"drawing {n} images", 'steps')
     samples = draw_samples(ddpm, n, seed, batch_size, progress, watch)
     if rank(): return out
     if out.suffix.lower() == '.png': _save_samples(samples, out, ddpm.levels)
@@ -359,26 +361,29 @@ def ddpm_evaluate(
     data = _data_of(what, dataset, ddpm, data_dir)
     path, weights = _metrics_file(what, out), _weights_now(what)
     low = None if precision == 'float32' else PRECISIONS[precision]
-    progress = not quiet and _can_show_progress()
-    def bits(ddpm, x, k):
+    progress = partial(_shown, quiet, say)
+    def bits(ddpm, x, k, what):
         return evaluate_bits_per_dim(ddpm, x, torch.Generator().manual_seed(seed), k,
-                                     autocast=low, progress=progress)
-    q = quality_of(ddpm, data, samples, features, seed, progress=progress, say=say,
-                   autocast=low, data_dir=data_dir) if quality else None
+                                     autocast=low, progress=progress(what, 'images'))
+    q = quality_of(ddpm, data, samples, features, seed, progress=progress('quality'),
+                   say=say, autocast=low, data_dir=data_dir) if quality else None
     train, test, k = data.train[:images], data.test[:images], None if exact else steps
-    found = {'train': bits(ddpm, train, k), 'test': bits(ddpm, test, k)}
-    curve = found['test'] if exact else bits(ddpm, data.test[:curve_images], None)
+    found = {'train': bits(ddpm, train, k, "bits/dim, training images"),
+             'test': bits(ddpm, test, k, "bits/dim, test images")}
+    curve = found['test'] if exact else bits(ddpm, data.test[:curve_images], None,
+                                             "every step")
     T, better, n = ddpm.sched.T, {}, 0
     evaluation = _numbers(found, curve, T, exact, steps, seed)
     if q: evaluation['quality'] = q
     if ddpm.variance != 'learned':
         calls = sum(int(r.counts[1:].sum()) for r in (*found.values(), curve))
-        best, n = _with_mse(ddpm, data.train, calls, measure, progress)
-        better['optimal variance'] = r = bits(best, test, k)
+        best, n = _with_mse(ddpm, data.train, calls, measure,
+                            progress("error of x_0-hat", 'steps'))
+        better['optimal variance'] = r = bits(best, test, k, "optimal variance")
         evaluation['optimal'] = {'test': _summary(r)}
         if kept := _short_chain(best, data.train, calls):
-            better[f'the best {len(kept)} steps with it'] = r = bits(stride(best, kept),
-                                                                     test, None)
+            r = bits(stride(best, kept), test, None, "short chain")
+            better[f'the best {len(kept)} steps with it'] = r
             evaluation['short_chain'] = {'steps': kept, 'test': _summary(r)}
     evaluation['seconds'] = round(time.perf_counter()-start, 1)
     if rank(): return evaluation

@@ -17,6 +17,7 @@ import os
 import re
 import time
 from argparse import ArgumentTypeError
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
@@ -37,6 +38,7 @@ from .models import _free_name, find_model
 from .plot import save_images
 from .run import _can_show_progress
 from .train import ConfigError
+from .watch import _Lines
 
 # %% ../nbs/20b_interpolate_cli.ipynb #69bcae0f
 def _ends(what):
@@ -95,13 +97,14 @@ def _chain_of(
 def _each_call(
     model,          # a network
     total:int,      # how many calls there will be
-    watched:bool,   # does anybody see it?
+    progress:bool|Callable, # does anybody see it? or what to call instead
 ):
     "A progress bar that moves with each call of the network."
-    if not watched:
+    if not progress:
         yield
         return
-    moves = iter(progress_bar(range(total+1), leave=False))
+    bar = progress_bar if progress is True else progress
+    moves = iter(bar(range(total+1), leave=False))
     def move(*_): next(moves, None)     # must return None, or it changes the input
     hook = model.register_forward_pre_hook(move)
     try: yield
@@ -116,13 +119,13 @@ def _rows(
     n:int,          # how many lambdas, from 0 to 1
     seed:int,       # of the noise, which is the same in each row
     choices:dict,   # `noise` and `mix`
-    watched:bool,   # draw a progress bar
+    progress:bool|Callable, # draw a progress bar, or call this instead
     batch_size:int=64, # images per network call
 )->Tensor:          # uint8 `(rows*(n+2), c, h, w)`
     "Rows of the one image, n decodings, and the other."
     x = to_model_range(ends, ddpm.levels)
     calls, rows = sum(places)*-(-n//batch_size), []
-    with _each_call(ddpm.model, calls, watched):
+    with _each_call(ddpm.model, calls, progress):
         for t in places:
             g = torch.Generator().manual_seed(seed)
             found = interpolate(ddpm, x[:1], x[1:], t, torch.linspace(0, 1, n), g,
@@ -237,8 +240,9 @@ def ddpm_interpolate(
     places = [kept.index(s)+1 if s else 0 for s in t]
     scale = scale or max(1, 64//ends.shape[-1])
     _check_size(n, len(t), max(ends.shape[-2:]), scale)
-    watched = not quiet and _can_show_progress()
-    rows = _rows(ddpm, ends, places, n, seed, dict(noise=noise, mix=mix), watched)
+    watched = _can_show_progress() or _Lines(say, 'interpolating')
+    rows = _rows(ddpm, ends, places, n, seed, dict(noise=noise, mix=mix),
+                 watched if not quiet else False)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_images(rows, out, n+2, scale, ddpm.levels)
     used = f"{len(kept)} of {kept[-1]}" if len(kept) < kept[-1] else len(kept)

@@ -19,7 +19,7 @@ from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from .data import Dataset, epoch_order
-from .ddpm import DDPM, _sample_batches
+from .ddpm import DDPM, _sample_batches, _watched
 from .decoder import to_model_range
 from .features import FEATURES, Features, load_features
 from .files import WeightsError, read_header, read_weights, write_whole
@@ -112,6 +112,7 @@ def _real_features(
     levels:int=256,       # gray levels
     cache:str|Path|None=None, # folder where they are kept; None: where downloads go
     say:Callable=lambda line: None, # is told if they cannot be kept
+    progress:bool|Callable=False,   # draw a progress bar, or call this instead
 )->Tensor:                # float64 `(n, d)`
     """Features of real images, kept in a file; each process looks at its share and gets
     all. ValueError for images that do not fit the network."""
@@ -123,8 +124,10 @@ def _real_features(
     if any_process(found is None):
         mine = my_share(len(images))
         parts = [features(to_model_range(images[:1], levels))[:0]]     # for no images
-        parts += [features(to_model_range(x, levels)) for x in
-                  images[mine.start:mine.stop].split(features.batch_size) if len(x)]
+        starts = range(mine.start, mine.stop, features.batch_size)
+        for i in _watched(starts, progress):
+            x = images[i:min(i+starts.step, mine.stop)]
+            parts.append(features(to_model_range(x, levels)))
         found = gather_rows(torch.cat(parts).float())
         _keep(path, found, say)
     return found.double()
@@ -136,7 +139,7 @@ def _sampled(
     n:int,             # samples
     seed:int,          # as for `draw_samples`
     batch_size:int,    # images at a time
-    progress:bool,     # draw a progress bar
+    progress:bool|Callable, # draw a progress bar, or call this instead
 )->tuple[Tensor,Tensor]: # float64 `(n, d)`, `(n, classes)`
     "Features and class probabilities of samples; each process draws its share."
     nothing = features.both(torch.zeros(1, *ddpm.shape))
@@ -255,7 +258,7 @@ def quality_of(
     seed:int=0,         # of the samples, as for `draw_samples`
     cache:str|Path|None=None,    # where features of real images are kept; None: as
                                  # downloads
-    progress:bool=False,         # draw a progress bar
+    progress:bool|Callable=False, # draw a progress bar, or call this instead
     say:Callable=lambda line: None, # is told before it starts how long it will take
     autocast=None,      # precision in the model's network: torch.bfloat16
     data_dir:str|None=None,      # a folder where Inception's file may be
@@ -285,7 +288,7 @@ def quality_of(
     for line in _announced(n, d, features.name, took): say(line)
     seen, probs = _sampled(ddpm, features, n, seed, batch_size, progress)
     notes = []
-    known = [_real_features(features, x, data.levels, cache, notes.append)
+    known = [_real_features(features, x, data.levels, cache, notes.append, progress)
              for x in real]
     for line in notes[:1]: say(line)                   # one: they lie in one folder
     if rank(): return {}

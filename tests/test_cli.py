@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm_nbdev import cli, models, quality
+from ddpm_nbdev import cli, models, quality, watch
 from ddpm_nbdev import run as cli_run
 from ddpm_nbdev import train as train_module
 from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
@@ -868,6 +868,71 @@ def test_ctrl_c_and_on(here):
     p = forked("train", *again.split(), "--steps", step, "--samples", 0)     # as printed, and no further
     assert p.returncode == 0, p.stderr
     assert (here/"run/metrics.json").exists()
+
+
+def said_of_training(out):
+    "The lines about training in what a command printed: (step, steps, loss, seconds a step, what follows)."
+    return re.findall(r"^step (\d+) of (\d+): loss ([\d.]+), ([\d.e-]+) s a step, (.*)$", out, re.M)
+
+
+def test_lines_where_there_is_no_terminal(here):
+    "Behind a pipe: the first line of the log and the last, with their numbers, no carriage return; also of a run that goes on; --quiet: none."
+    p = forked("train", "digits", *QUICK, "--steps", "12", "--log-every", "3", "--samples", "0", "--out", "run")
+    rows = {row["step"]: row for row in read_log(here/"run")}
+    said = said_of_training(p.stdout)
+    assert p.returncode == 0 and "\r" not in p.stdout and p.stderr == ""
+    assert [int(s) for s, *_ in said] == ([3, 12] if rows[12]["seconds"] - rows[3]["seconds"] < 10 else [int(s) for s, *_ in said])
+    before = 0, 0.
+    for step, steps, loss, pace, rest in said:
+        row = rows[int(step)]
+        assert steps == "12" and loss == f"{row['loss']:.4f}"
+        assert float(pace) == pytest.approx((row["seconds"]-before[1])/(row["step"]-before[0]), rel=.01)
+        assert re.fullmatch(r"\d+ s in all" if step == steps else r"\d+ s left", rest)
+        before = row["step"], row["seconds"]
+    p = forked("train", "digits", "--resume", "--steps", "15", "--samples", "0", "--out", "run")
+    row = read_log(here/"run")[-1]
+    [(step, steps, loss, pace, _)] = said_of_training(p.stdout)
+    assert (step, steps, loss) == ("15", "15", f"{row['loss']:.4f}") and float(pace) == pytest.approx((row["seconds"]-before[1])/3, rel=.01)
+    p = forked("train", "digits", *QUICK, "--samples", "0", "--out", "other", "--quiet")
+    assert (p.returncode, p.stdout, p.stderr) == (0, "", "")
+
+
+class Watch:
+    "A clock that is ten hours later at each look."
+    now = 0.
+    def __call__(self):
+        self.now += 36_000
+        return self.now
+
+
+def test_lines_of_sampling_and_measuring(call, here, run, monkeypatch):
+    "By a clock on which all takes long: each step, each batch of images, how many there are, what is left; at a terminal and with --quiet none."
+    monkeypatch.setattr(watch, "_clock", Watch())
+    def go(*args):
+        status, out, err = call(*args)
+        assert status == 0
+        return re.findall(r"^(.+?): (\d+) of (\d+)(.*), (.+) (left|in all)$", out, re.M)
+    assert go(ddpm_sample, run, "--n", 3, "--batch-size", 2) == [("drawing 3 images", str(i), "8", " steps", f"{10*(8-i)} hours" if i < 8 else "80 hours", "left" if i < 8 else "in all")
+                                                               for i in range(1, 9)]
+    trained = go(ddpm_train, "digits", *QUICK, "--samples", 2)
+    assert [line[:4] for line in trained if "drawing" in line[0]] == [("drawing 2 samples", str(i), "4", " steps") for i in range(1, 5)]
+    found = go(ddpm_evaluate, run, "--images", 600, "--steps", 2, "--curve-images", 1, "--quality", "--samples", 4)
+    of = {label: (unit, int(total)) for label, _, total, unit, *_ in found}
+    assert of["bits/dim, training images"] == (" images", 600) and of["bits/dim, test images"] == (" images", 360) and of["every step"] == (" images", 1)
+    assert of["error of x_0-hat"] == (" steps", 4) and "quality" in of and of["optimal variance"] == (" images", 360)
+    assert [d for label, d, *_ in found if label == "bits/dim, training images"] == ["170", "340", "510", "600"]      # 512 pairs at a time, 3 of an image
+    assert not go(ddpm_sample, run, "--n", 3, "--out", "quiet.png", "--quiet")
+    monkeypatch.setattr(watch, "_can_show_progress", lambda: True)
+    assert not go(ddpm_sample, run, "--n", 3, "--out", "bar.png")
+    monkeypatch.setattr(watch, "rank", lambda: 1)
+    assert watch._shown(False, print, "it") is False and watch._log_lines(False, print, 4, run, False)({"step": 4}) is None
+
+
+def test_lines_change_no_image(call, here, run, monkeypatch):
+    assert call(ddpm_sample, run, "--n", 3, "--out", "a.png")[0] == 0
+    monkeypatch.setattr(watch, "_clock", Watch())
+    assert call(ddpm_sample, run, "--n", 3, "--out", "b.png")[0] == 0
+    assert (here/"a.png").read_bytes() == (here/"b.png").read_bytes()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
