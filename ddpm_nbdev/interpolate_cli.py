@@ -18,7 +18,6 @@ import re
 import time
 from argparse import ArgumentTypeError
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -38,7 +37,7 @@ from .models import _free_name, find_model
 from .plot import save_images
 from .run import _can_show_progress
 from .train import ConfigError
-from .watch import _Lines
+from .watch import _each_call, _Lines
 
 # %% ../nbs/20b_interpolate_cli.ipynb #69bcae0f
 def _ends(what):
@@ -93,25 +92,6 @@ def _chain_of(
     return stride(replace(ddpm, variance=short.variance), kept), kept
 
 # %% ../nbs/20b_interpolate_cli.ipynb #b9e943d4
-@contextmanager
-def _each_call(
-    model,          # a network
-    total:int,      # how many calls there will be
-    progress:bool|Callable, # does anybody see it? or what to call instead
-):
-    "A progress bar that moves with each call of the network."
-    if not progress:
-        yield
-        return
-    bar = progress_bar if progress is True else progress
-    moves = iter(bar(range(total+1), leave=False))
-    def move(*_): next(moves, None)     # must return None, or it changes the input
-    hook = model.register_forward_pre_hook(move)
-    try: yield
-    finally:
-        hook.remove()
-        for _ in moves: pass            # to its end: the line goes away
-
 def _rows(
     ddpm:DDPM,      # over the chain that is used
     ends:Tensor,    # the two images, uint8 `(2, c, h, w)`
@@ -125,7 +105,8 @@ def _rows(
     "Rows of the one image, n decodings, and the other."
     x = to_model_range(ends, ddpm.levels)
     calls, rows = sum(places)*-(-n//batch_size), []
-    with _each_call(ddpm.model, calls, progress):
+    bar = progress_bar if progress is True else progress
+    with _each_call(ddpm.model, calls+1, bar):      # the last one ends the line
         for t in places:
             g = torch.Generator().manual_seed(seed)
             found = interpolate(ddpm, x[:1], x[1:], t, torch.linspace(0, 1, n), g,

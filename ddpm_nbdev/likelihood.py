@@ -126,6 +126,10 @@ def _noised(ddpm, x0, t, key, index, batch_size):
         noise = indexed_noise(key, index[i], tt, x)
         yield x, q_sample(ddpm.sched, x, tt, noise), tt, noise
 
+def _mse_steps(T, points=128):
+    "At which steps the error is measured, at equal ratios."
+    return np.unique(np.geomspace(1, T, min(points, T)).round().astype(int))
+
 @torch.no_grad()
 def measure_mse(
     ddpm:DDPM,              # the model
@@ -145,7 +149,7 @@ def measure_mse(
         raise ValueError("there must be images to measure on, a place for each, and at "
                          f"least 1 point and batch: got {n} images, {len(index)} "
                          f"places, points={points}, batch_size={batch_size}")
-    ts = np.unique(np.geomspace(1, T, min(points, T)).round().astype(int))
+    ts = _mse_steps(T, points)
     found = torch.zeros(len(ts), dtype=torch.float64)
     with eval_mode(ddpm.model):
         for j, t in enumerate(_watched(ts, progress)):

@@ -5,18 +5,26 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/13b_watch.ipynb #6832d8c8
+# %% ../nbs/13b_watch.ipynb #25b6b557
+import math
+import signal
+import threading
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
-from .machines import rank
-from .run import _can_show_progress
+import torch
+
+from .ddpm import DDPM, _watched
+from .machines import eval_mode, rank, size, sum_over_processes
+from .run import _can_show_progress, _signals_to_stop
 from .saved import checkpoint_header
 
-# %% ../nbs/13b_watch.ipynb #c1df6eb9
+# %% ../nbs/13b_watch.ipynb #32db5b73
 _APART = 10              # seconds between two lines, at least
-_clock = time.perf_counter
+
+def _clock(): return time.perf_counter()
 
 def _duration(seconds):
     "A time as one says it."
@@ -62,7 +70,7 @@ def _shown(
     if quiet or rank(): return False
     return True if _can_show_progress() else _Lines(say, label, unit)
 
-# %% ../nbs/13b_watch.ipynb #d01c755b
+# %% ../nbs/13b_watch.ipynb #c3fc8dbb
 class _LogLines:
     "Says the lines of a training log, as far as they are not too many."
     def __init__(self,
@@ -98,3 +106,111 @@ def _log_lines(
     if quiet or rank() or _can_show_progress(): return lambda row: None
     begun = checkpoint_header(out/'checkpoint.safetensors') if resume else {}
     return _LogLines(say, steps, begun.get('step', 0), begun.get('seconds', 0.))
+
+# %% ../nbs/13b_watch.ipynb #94548f0d
+@contextmanager
+def _each_call(
+    model,          # a network
+    total:int,      # how many calls there will be
+    progress:bool|Callable, # does anybody see it? or what to call instead
+):
+    "A progress bar that moves with each call of the network."
+    if not progress:
+        yield
+        return
+    moves = iter(_watched(range(total), progress))
+    def move(*_): next(moves, None)     # must return None, or it changes the input
+    hook = model.register_forward_pre_hook(move)
+    try: yield
+    except BaseException:
+        if isinstance(progress, _Lines): moves.close()    # nothing is said of the rest
+        raise
+    finally:
+        hook.remove()
+        for _ in moves: pass            # to its end: the line of a bar goes away
+
+# %% ../nbs/13b_watch.ipynb #48eaf440
+_PATIENCE = 180.         # seconds at the end of a run for what nobody asked for
+
+def _seconds_each(
+    call:Callable,         # does something with a batch of so many images
+    most:int,              # images in a batch
+    enough:float=math.inf, # seconds after which a batch is not tried again
+)->float:
+    "Seconds per image, from a batch large enough to be timed."
+    def timed():
+        start = _clock()
+        call(b)
+        return _clock() - start
+    b = min(8, most)
+    call(b)                                              # the first call is slow
+    while True:
+        tries = [timed()]
+        while len(tries) < 3 and sum(tries) < enough: tries.append(timed())
+        took = min(tries)                                # others use the machine, too
+        if took > .1 or b == most: return took/b
+        b = min(4*b, most)
+
+def _network_call(
+    ddpm:DDPM, # whose network is tried
+)->Callable:   # with so many images
+    "One step of the chain, and a wait for its end."
+    def step(b):
+        x = torch.zeros(b, *ddpm.shape).to(ddpm.device)
+        t = torch.ones(b, dtype=torch.int64, device=ddpm.device)
+        ddpm.p(x, t).mean.sum().item()
+    return step
+
+def _seconds_a_call(ddpm:DDPM)->float:
+    "Seconds that an image takes in a step when all processes share; the same in each."
+    with torch.no_grad(), eval_mode(ddpm.model):
+        each = _seconds_each(_network_call(ddpm), 8, 1.)
+    return sum_over_processes(torch.tensor(each)).item()/size()**2
+
+def _how_many(
+    ddpm:DDPM,      # to sample from
+    asked:int|None, # None: 64, or fewer if that takes long
+    option:str,     # what to say to have them all
+    say:Callable,   # prints
+    patience:float=_PATIENCE, # seconds
+    each:float|None=None,     # what `_seconds_a_call` said, if it was asked
+)->int:
+    "How many images to draw."
+    if asked is not None: return asked
+    each = ddpm.sched.T*(_seconds_a_call(ddpm) if each is None else each)
+    if 64*each <= patience or ddpm.device.type != 'cpu': return 64
+    n = int(patience/each)
+    n = n//8*8 if n > 8 else max(1, n)
+    say(f"64 samples would take about {_duration(64*each)} on this device; "
+        f"drawing {n} ({option} 64 draws them all)")
+    return n
+
+def _share_patience(
+    drawing:float,   # seconds for all samples
+    measuring:float, # for all that should be measured
+    patience:float=_PATIENCE, # for both
+)->tuple[float,float]: # what each may take; infinite: all it wants
+    "One patience for two."
+    if drawing + measuring <= patience: return math.inf, math.inf
+    its = max(patience/3, patience-drawing)
+    return patience - min(measuring, its), math.inf if measuring <= its else its
+
+def _say_time(
+    seconds:float, # that it will take
+    what:str,      # it
+    say:Callable,  # prints
+):
+    "Say it if it is worth a coffee."
+    if seconds > 60: say(f"{what} will take about {_duration(seconds)}")
+
+# %% ../nbs/13b_watch.ipynb #db32f0d9
+@contextmanager
+def _all_like_ctrl_c():
+    "Inside the block what asks a process to stop raises KeyboardInterrupt."
+    def handler(signum, frame): raise KeyboardInterrupt
+    before = {}
+    if threading.current_thread() is threading.main_thread():    # others may set none
+        before = {s: signal.signal(s, handler) for s in _signals_to_stop()}
+    try: yield
+    finally:
+        for s, h in before.items(): signal.signal(s, h)

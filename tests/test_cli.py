@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm_nbdev import cli, models, quality, watch
+from ddpm_nbdev import cli, measures, models, quality, watch
 from ddpm_nbdev import run as cli_run
 from ddpm_nbdev import train as train_module
 from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
@@ -281,6 +281,23 @@ def test_stopped_while_measuring(call, here, monkeypatch):
     assert status == 130 and "the trained network is saved" in err and "ddpm_train digits --out runs/digits --resume" in err
     assert not (here/"runs/digits/metrics.json").exists()
     assert call(ddpm_train, "digits", "--resume", "--quiet") == (0, "", "") and (here/"runs/digits/metrics.json").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(getattr(signal, "SIGHUP", None), marks=pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none"))])
+@pytest.mark.parametrize("where", ["_plan_training", "report", "_save_curve"])
+def test_terminated_before_or_after_training(where, signum, call, here, monkeypatch):
+    "As by Ctrl-C: one line, status 130, no lock left behind, and who heard the signal before hears it again."
+    monkeypatch.setattr(signal, "getsignal", lambda s, real=signal.getsignal: signal.SIG_DFL if s == getattr(signal, "SIGHUP", None) else real(s))   # pytest may run under nohup
+    before, called = signal.getsignal(signal.SIGTERM), []
+    def terminated(*args):
+        called.append((here/"runs/digits/.ddpm_lock").exists())
+        signal.raise_signal(signum)
+    with monkeypatch.context() as m:
+        m.setattr(cli, where, terminated)
+        status, _, err = call(ddpm_train, "digits", *QUICK)
+    assert status == 130 and called == [True] and signal.getsignal(signal.SIGTERM) is before and not list(here.glob("runs/*/.ddpm_*"))
+    if where == "report": assert "the trained network is saved; to sample and measure it: ddpm_train digits --out runs/digits --resume" in err
+    assert len(err.strip().splitlines()) == 1 and (here/"runs").exists() == (where != "_plan_training")
 
 
 def test_overwrite(call, run):
@@ -790,6 +807,58 @@ def test_a_slow_device_draws_fewer_samples(call, here, monkeypatch):
     assert cli._how_many(ddpm, 7, "--n", said.append, patience=0.) == 7 and len(said) == 1
 
 
+def test_one_patience_for_samples_and_measurements(call, here, monkeypatch):
+    "On a machine that takes a second for a step: what is left out is said, with the command that takes it, and the rest is what is written."
+    def trained(seconds, *args):
+        monkeypatch.setattr(cli, "_seconds_a_call", lambda ddpm: seconds)
+        status, out, err = call(ddpm_train, "digits", *QUICK, "--overwrite", *args)
+        metrics = json.loads((here/"runs/digits/metrics.json").read_text())
+        assert (status, err) == (0, "")
+        return out, metrics["classifier"]["samples"]["images"], [metrics["bits_per_dim"][part]["images"] for part in ("train", "test")], metrics
+    reports = []
+    monkeypatch.setattr(cli, "report", lambda *args: reports.append(args) or quality.report(*args))
+    out, drawn, measured, whole = trained(1e-9)
+    assert (drawn, measured) == (64, [34, 34]) and "would take" not in out and "will take" not in out
+    [(ddpm, data, samples)] = reports
+    assert len(data.train) == 1437 and len(data.test) == 360 and torch.equal(samples, draw_samples(ddpm, 64))
+    direct = quality.report(ddpm, load_dataset("digits"), samples)
+    assert {k: whole[k] for k in direct} == direct                              # nothing cut: to the last bit
+    out, drawn, measured, _ = trained(1.)                                       # 64*4 + 34*8 seconds
+    assert (drawn, measured) == (24, [7, 7])
+    assert "64 samples would take about 4 minutes on this device; drawing 24 (--samples 64 draws them all)" in out
+    assert "measuring on 34 images of each part would take about 5 minutes; taking 7 (ddpm_evaluate runs/digits --images 34 --steps 8 takes them all)" in out
+    assert "that will take about 3 minutes" in out and "(7 images)" in out
+    out, drawn, measured, _ = trained(1., "--samples", 3)                       # asked for: 12 seconds
+    assert (drawn, measured) == (3, [21, 21]) and "samples would" not in out
+    out, drawn, measured, _ = trained(.31)                                      # 79 + 84 seconds: they fit
+    assert (drawn, measured) == (64, [34, 34]) and "that will take about 3 minutes" in out
+    assert "will take" not in call(ddpm_train, "digits", *QUICK, "--overwrite", "--quiet")[1]
+
+
+def test_evaluate_says_the_time_and_cuts_nothing(call, run, monkeypatch):
+    monkeypatch.setattr(measures, "_seconds_a_call", lambda ddpm: .5)
+    status, out, _ = call(ddpm_evaluate, run, "--images", 6, "--steps", 2, "--curve-images", 1)
+    said = re.search(r"^bits/dim of 6 training and 6 test images will take about (\d+) s$", out, re.M)
+    assert status == 0 and int(said[1]) == (6*3 + 6*3 + 4 + 16*4 + 6*3)/2       # the rows, the curve, the error of x_0-hat, the better variance
+    assert out.index(said[0]) < out.index("RMSE") and evaluated(run/"metrics.json")["test"]["n"] == 6
+    monkeypatch.setattr(measures, "_seconds_a_call", lambda ddpm: .1)
+    assert "will take" not in call(ddpm_evaluate, run, "--images", 6, "--steps", 2)[1]
+
+
+def test_a_step_is_timed_on_a_machine_whose_speed_is_known(monkeypatch):
+    "A network that takes 2 seconds for 8 images is asked twice, and not three times more."
+    now, ddpm, asked = [0.], DDPM.from_pretrained("digits"), []
+    def slow(net, args):
+        asked.append(len(args[0]))
+        now[0] += len(args[0])/4
+    monkeypatch.setattr(watch, "_clock", lambda: now[0])
+    hook = ddpm.model.register_forward_pre_hook(slow)
+    assert watch._seconds_a_call(ddpm) == pytest.approx(.25) and asked == [8, 8] and not ddpm.model.training
+    said = []
+    assert cli._how_many(ddpm, None, "--n", said.append) == 1 and "64 samples would take about 4 hours" in said[0]
+    hook.remove()
+
+
 def test_samples_as_a_tensor(call, here, finished):
     assert call(ddpm_sample, finished, "--n", 5, "--batch-size", 2, "--out", "x.safetensors")[0] == 0
     assert call(ddpm_sample, finished, "--n", 3, "--out", "y.safetensors")[0] == 0
@@ -974,6 +1043,22 @@ def test_evaluate_adds_to_the_metrics_of_a_run(call, run):
     assert found["test"]["L_mid"] == pytest.approx(direct.L_mid.mean().item(), rel=1e-5)
     assert found["curve"]["rate"][-1] + found["test"]["L_0"] == pytest.approx(found["test"]["total"], rel=1e-5)
     assert len(found["curve"]["rate"]) == 4 and found["steps_per_image"] == 4
+
+
+def test_evaluate_says_of_each_number_what_it_was_made_of(call, run):
+    "Images and steps: of the rows, of the curve, which takes no more images than were asked for, and of the distances, which take all."
+    status, out, _ = call(ddpm_evaluate, run, "--images", 8, "--steps", 2, "--quality", "--samples", 4)
+    found = evaluated(run/"metrics.json")
+    assert status == 0 and "(8 images at every step)" in out
+    assert [(found[part]["n"], found[part]["steps_per_image"]) for part in ("train", "test")] == 2*[(8, 3)] and found["steps_per_image"] == 3
+    assert (found["curve"]["images"], found["curve"]["steps_per_image"]) == (8, 4)
+    assert (found["optimal"]["test"]["n"], found["optimal"]["test"]["steps_per_image"]) == (8, 3)
+    assert re.search(r"4 samples: digits-FID [\d.]+ from all 1437 training images \(the 360 test images: ", out)
+    call(ddpm_evaluate, run, "--images", 8, "--curve-images", 2)
+    assert evaluated(run/"metrics.json")["curve"]["images"] == 2
+    call(ddpm_evaluate, run, "--images", 8, "--exact")
+    found = evaluated(run/"metrics.json")
+    assert [found["steps_per_image"], found["test"]["steps_per_image"], found["curve"]["steps_per_image"], found["curve"]["images"]] == [4, 4, 4, 8]
 
 
 def test_evaluate_keeps_the_measured_error(call, run, here):
