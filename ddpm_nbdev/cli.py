@@ -43,8 +43,9 @@ from .runs import (_announce, _begins_with, _check_call, _check_shape,
                              _share_of_the_start)
 from .saved import _mse_to_config, checkpoint_header, current_weights
 from .train import ConfigError, TrainConfig
-from .watch import (_all_like_ctrl_c, _duration, _each_call, _how_many, _log_lines,
-                              _say_time, _seconds_a_call, _share_patience, _shown)
+from .watch import (_all_like_ctrl_c, _board, _duration, _each_call, _how_many,
+                              _log_lines, _say_time, _seconds_a_call, _share_patience, _shown,
+                              _summary_writer)
 
 # %% ../nbs/20_cli.ipynb #14b45b4b
 def _describe_bits(
@@ -82,7 +83,7 @@ def _summarize(metrics, out, say):
             f"{again} --raw draws without the average")
     say(f"to sample again: {again}")
 
-# %% ../nbs/20_cli.ipynb #9c1ef335
+# %% ../nbs/20_cli.ipynb #955dcfe0
 _STEPS = 8                                    # random t per image that `report` takes
 
 def _images_of_report(x):
@@ -145,13 +146,31 @@ def _measure(plan, ddpm, samples, out, say, quiet, again):
                'parameters': sum(p.numel() for p in ddpm.model.parameters()),
                'config': asdict(cfg)}
     if 'evaluation' not in plan.old: return drawn, metrics
-    same = plan.finished and plan.old.get('config', {}).get('steps') == cfg.steps
-    if same: metrics['evaluation'] = plan.old['evaluation']          # of these weights
+    if _measured_before(plan): metrics['evaluation'] = plan.old['evaluation']
     else:
         evaluate = shlex.join(['ddpm_evaluate', str(out)])
         say("note: what ddpm_evaluate measured was a shorter run, and is gone; "
             f"again: {evaluate}")
     return drawn, metrics
+
+def _measured_before(plan):
+    "Are the numbers in the folder those of these very weights?"
+    return plan.finished and plan.old.get('config', {}).get('steps') == plan.cfg.steps
+
+def _finish(plan, drawn, metrics, out, say, board):
+    "Write what was drawn and measured, and say what a run has given."
+    if len(drawn): _save_samples(drawn, out/'samples.png', plan.data.levels)
+    _save_curve(out, plan.cfg.dataset)
+    write_json(out/'metrics.json', metrics)
+    if board: board.end(metrics, _measured_before(plan))
+    (out/'.torchrun').unlink(missing_ok=True)
+    _summarize(metrics, out, say)
+    if board: say(f"to look at it: {shlex.join(['tensorboard', '--logdir', str(out)])}")
+
+def _folder_of(dataset):
+    "Where a run goes unless somebody says otherwise."
+    kind, _, path = dataset.partition(':')
+    return f"runs/{Path(path).expanduser().resolve().name if path else kind}"
 
 _NO_OPTIONS = 'dataset', 'model', 'model_args', 'schedule_args'
 _OFFERED = ' '.join(f.name for f in fields(TrainConfig) if f.name not in _NO_OPTIONS)
@@ -169,20 +188,20 @@ def ddpm_train(
     device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU, if any)
     resume:bool=False,     # go on with the run in that folder
     overwrite:bool=False,  # replace that run when the new one has a checkpoint
+    tensorboard:bool=False, # copy log and samples for TensorBoard, into tensorboard/
     quiet:bool=False,      # print nothing but errors and what was not read
     **settings,            # fields of TrainConfig; not given, or None: the preset's
 )->dict:                   # what is written to metrics.json
     """Train a diffusion model on a dataset, or on the pictures of a folder; write
     samples, weights and numbers to a folder. Presets: digits, folder, fashion_mnist,
     cifar10, celebahq256, lsun256, lsun256_large. Under torchrun, on many devices."""
+    if tensorboard: _summary_writer()                         # is it there?
     settings = {k: v for k, v in settings.items() if v is not None}
     _check_call(samples, resume, preset=preset, config=config, init=init)
     if config: settings = _settings_in(config) | settings
     first, settings = _begins_with(init, dataset, settings)
     if not resume: _settings_for(dataset, preset, settings)   # wrong values come first
-    kind, _, path = dataset.partition(':')
-    name = Path(path).expanduser().resolve().name if path else kind
-    out = Path(out or f"runs/{name}")
+    out = Path(out or _folder_of(dataset))
     join_processes()
     say = _printer(quiet)
     with _all_like_ctrl_c(), only_writer(out):
@@ -191,18 +210,14 @@ def ddpm_train(
         _check_shape(init, first, plan.data)
         _announce(plan, dataset, out, say)
         again = _resume_command(dataset, out, data_dir=data_dir, samples=samples,
-                                device=device)
-        watch = _log_lines(quiet, say, plan.cfg.steps, out, plan.resume)
-        ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
-                     progress=not quiet, data=plan.data, again=again,
-                     init=first, watch=watch)
-        drawn, metrics = _measure(plan, ddpm, samples, out, say, quiet, again)
-        if rank(): return metrics
-        if len(drawn): _save_samples(drawn, out/'samples.png', plan.data.levels)
-        _save_curve(out, plan.cfg.dataset)
-        write_json(out/'metrics.json', metrics)
-        (out/'.torchrun').unlink(missing_ok=True)
-        _summarize(metrics, out, say)
+                                device=device, tensorboard=tensorboard or None)
+        with _board(tensorboard, out, plan.resume, plan.overwrite) as board:
+            told = [board, _log_lines(quiet, say, plan.cfg.steps, out, plan.resume)]
+            ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
+                         progress=not quiet, data=plan.data, again=again, init=first,
+                         watch=lambda row: [tell(row) for tell in told if tell])
+            drawn, metrics = _measure(plan, ddpm, samples, out, say, quiet, again)
+            if not rank(): _finish(plan, drawn, metrics, out, say, board)
     return metrics
 
 # %% ../nbs/20_cli.ipynb #13b9fc4d

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/13b_watch.ipynb #25b6b557
+# %% ../nbs/13b_watch.ipynb #739a7700
+import importlib
 import math
 import signal
 import threading
@@ -14,14 +15,17 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from .ddpm import DDPM, _watched
+from .files import read_log
 from .machines import eval_mode, rank, size, sum_over_processes
 from .run import _can_show_progress, _signals_to_stop
 from .saved import checkpoint_header
 
-# %% ../nbs/13b_watch.ipynb #32db5b73
+# %% ../nbs/13b_watch.ipynb #b745e92b
 _APART = 10              # seconds between two lines, at least
 
 def _clock(): return time.perf_counter()
@@ -70,7 +74,7 @@ def _shown(
     if quiet or rank(): return False
     return True if _can_show_progress() else _Lines(say, label, unit)
 
-# %% ../nbs/13b_watch.ipynb #c3fc8dbb
+# %% ../nbs/13b_watch.ipynb #27367f49
 class _LogLines:
     "Says the lines of a training log, as far as they are not too many."
     def __init__(self,
@@ -107,7 +111,7 @@ def _log_lines(
     begun = checkpoint_header(out/'checkpoint.safetensors') if resume else {}
     return _LogLines(say, steps, begun.get('step', 0), begun.get('seconds', 0.))
 
-# %% ../nbs/13b_watch.ipynb #94548f0d
+# %% ../nbs/13b_watch.ipynb #f8444266
 @contextmanager
 def _each_call(
     model,          # a network
@@ -129,7 +133,7 @@ def _each_call(
         hook.remove()
         for _ in moves: pass            # to its end: the line of a bar goes away
 
-# %% ../nbs/13b_watch.ipynb #48eaf440
+# %% ../nbs/13b_watch.ipynb #8a948361
 _PATIENCE = 180.         # seconds at the end of a run for what nobody asked for
 
 def _seconds_each(
@@ -203,7 +207,91 @@ def _say_time(
     "Say it if it is worth a coffee."
     if seconds > 60: say(f"{what} will take about {_duration(seconds)}")
 
-# %% ../nbs/13b_watch.ipynb #db32f0d9
+# %% ../nbs/13b_watch.ipynb #115163ac
+def _summary_writer():
+    "TensorBoard's writer; ValueError, with the way to it, if it is not installed."
+    try: return importlib.import_module('torch.utils.tensorboard').SummaryWriter
+    except ImportError as e:
+        raise ValueError("--tensorboard needs a package that is not installed: "
+                         "pip install 'ddpm_nbdev[tensorboard]'") from e
+
+class _Board:
+    "The log and the samples of a run, as TensorBoard reads them: in tensorboard/."
+    def __init__(self,
+        out:Path,       # the run's folder
+        resume:bool,    # does it go on?
+        overwrite:bool, # does it replace another?
+    ):
+        self.out, self.folder, self.waits = out, out/'tensorboard', overwrite
+        self.rows, self.writer, self.purge, self.drawn = [], None, None, 0
+        self.last = dict(step=0, seconds=0.)
+        self.old = [*self.folder.glob('*tfevents*')]
+        if resume:
+            begun = checkpoint_header(out/'checkpoint.safetensors')['step']
+            kept = [row for row in read_log(out) if row['step'] <= begun]
+            if self.old: self.drawn, self.purge = begun, begun+1
+            else: self.rows = kept
+            if self.old and kept: self.last = kept[-1]
+        elif not overwrite:
+            for p in self.old: p.unlink()         # of a start that came to nothing
+
+    def __call__(self,
+        row:dict, # of the log
+    ):
+        "Copy it, and the pictures that have been drawn meanwhile."
+        self.rows.append(row)
+        self.write()
+
+    def write(self):
+        "Copy what is there, once the run has a checkpoint if it replaces another."
+        if self.waits and (self.out/'log.jsonl.new').exists(): return
+        if not self.writer:
+            self.writer = _summary_writer()(str(self.folder), purge_step=self.purge)
+        for row in self.rows:
+            pace = (row['seconds']-self.last['seconds'])/(row['step']-self.last['step'])
+            numbers = {k: row[k] for k in ('loss', 'grad_norm', 'lr')}
+            for name, v in (numbers | {'seconds_a_step': pace}).items():
+                self.writer.add_scalar(name, v, row['step'])
+            self.last = row
+        self.rows = []
+        drawn = [p for p in self.out.glob('samples/*.png') if p.stem.isdecimal()]
+        for step, path in sorted((int(p.stem), p) for p in drawn):
+            if step > self.drawn: self.picture(path, step)
+            self.drawn = max(step, self.drawn)
+        self.writer.flush()
+
+    def picture(self, path, step):
+        "A grid of samples."
+        with Image.open(path) as im: x = np.asarray(im.convert('RGB'))
+        self.writer.add_image('samples', x, step, dataformats='HWC')
+
+    def end(self,
+        metrics:dict, # of the finished run
+        anew:bool,    # were these weights measured before?
+    ):
+        "What was measured and drawn at the end."
+        self.write()
+        if anew and self.old: return
+        steps = metrics['config']['steps']
+        for part, bits in metrics['bits_per_dim'].items():
+            self.writer.add_scalar(f'bits_per_dim/{part}', bits['total'], steps)
+        samples = self.out/'samples.png'
+        if samples.exists(): self.picture(samples, steps)
+
+@contextmanager
+def _board(
+    wanted:bool,                # was --tensorboard given?
+    out:Path,                   # the run's folder
+    resume:bool,                # does the run go on?
+    overwrite:bool,             # does it replace another?
+):
+    "A board, closed behind the block; None if unwanted, or not the first process."
+    board = _Board(out, resume, overwrite) if wanted and not rank() else None
+    try: yield board
+    finally:
+        if board and board.writer: board.writer.close()
+
+# %% ../nbs/13b_watch.ipynb #6b03bef4
 @contextmanager
 def _all_like_ctrl_c():
     "Inside the block what asks a process to stop raises KeyboardInterrupt."

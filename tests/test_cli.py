@@ -807,6 +807,79 @@ def test_a_slow_device_draws_fewer_samples(call, here, monkeypatch):
     assert cli._how_many(ddpm, 7, "--n", said.append, patience=0.) == 7 and len(said) == 1
 
 
+def on_the_board(run):
+    "What TensorBoard shows of a run: scalars, pictures, both as step -> value; a step that is there twice is an error."
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    events = accumulator.EventAccumulator(str(run/"tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]} | {tag: [(e.step, (e.width, e.height)) for e in events.Images(tag)] for tag in tags["images"]}
+    for tag, points in found.items(): assert len({step for step, _ in points}) == len(points), tag
+    return {tag: dict(points) for tag, points in found.items()}
+
+
+def same_as_the_log(run):
+    "The scalars of training are the numbers of log.jsonl, and nothing else."
+    rows, found = read_log(run), on_the_board(run)
+    for k in ("loss", "grad_norm", "lr"): assert found[k] == pytest.approx({row["step"]: row[k] for row in rows}, rel=1e-6), k
+    pace = {row["step"]: (row["seconds"]-last["seconds"])/(row["step"]-last["step"]) for last, row in zip([{"step": 0, "seconds": 0.}, *rows], rows)}
+    assert found["seconds_a_step"] == pytest.approx(pace, rel=1e-3, abs=1e-6)
+    return found
+
+
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_tensorboard(from_the_start, call, here, monkeypatch):
+    "Of a run that is stopped after a checkpoint and an update or two, goes on, is measured twice, and is replaced: each point once, that of the log."
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    args = ["digits", *QUICK, "--steps", 20, "--log-every", 2, "--checkpoint-every", 6, "--sample-every", 6, "--sample-n", 2, "--samples", 2, "--out", "run"]
+    real = cli_run.training_step
+    def dies(state, batches):
+        if state.step == 10: raise RuntimeError("the machine is gone")
+        return real(state, batches)
+    with monkeypatch.context() as m:
+        m.setattr(cli_run, "training_step", dies)
+        with pytest.raises(RuntimeError): call(ddpm_train, *args, *["--tensorboard"]*from_the_start)
+    run = here/"run"
+    assert read_log(run)[-1]["step"] == 10 and (run/"tensorboard").exists() == from_the_start
+    status, out, err = call(ddpm_train, "digits", "--resume", "--log-every", 3, "--samples", 2, "--out", "run", "--tensorboard")
+    assert (status, err) == (0, "") and "to look at it: tensorboard --logdir run" in out
+    found = same_as_the_log(run)
+    bits = json.loads((run/"metrics.json").read_text())["bits_per_dim"]
+    for part in bits: assert found[f"bits_per_dim/{part}"] == pytest.approx({20: bits[part]["total"]})
+    assert list(found["samples"]) == [6, 12, 18, 20] and found["samples"][20] == Image.open(run/"samples.png").size
+    assert call(ddpm_train, "digits", "--resume", "--samples", 2, "--out", "run", "--tensorboard")[0] == 0      # measured once more
+    assert same_as_the_log(run).keys() == found.keys()
+    before = contents(run)
+    with monkeypatch.context() as m:                                        # replaced, but it dies before its first checkpoint
+        m.setattr(cli_run, "training_step", lambda state, batches: (_ for _ in ()).throw(RuntimeError("gone")) if state.step == 5 else real(state, batches))
+        with pytest.raises(RuntimeError): call(ddpm_train, *args, "--overwrite", "--tensorboard")
+    assert {k: v for k, v in contents(run).items() if k != "log.jsonl.new"} == before
+    assert call(ddpm_train, *args, "--seed", 1, "--steps", 8, "--overwrite", "--tensorboard")[0] == 0
+    assert max(same_as_the_log(run)["loss"]) == 8 and len(list((run/"tensorboard").iterdir())) == 1
+
+
+def test_tensorboard_changes_no_weight(call, here):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    for out, more in (("with", ["--tensorboard"]), ("without", [])): assert call(ddpm_train, "digits", *QUICK, "--samples", 0, "--out", out, *more)[0] == 0
+    assert (here/"with/model.safetensors").read_bytes() == (here/"without/model.safetensors").read_bytes() and not (here/"without/tensorboard").exists()
+    same_as_the_log(here/"with")
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(call, here, monkeypatch):
+    "Before anything else: no folder, no data, nothing trained."
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(cli, "_plan_training", None)
+    failed(call(ddpm_train, "digits", *QUICK, "--tensorboard"), 1, "pip install 'ddpm_nbdev[tensorboard]'")
+    assert not list(here.iterdir())
+
+
+def test_the_way_on_names_tensorboard(call, here, monkeypatch):
+    def stopped(*args): raise KeyboardInterrupt
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    monkeypatch.setattr(cli, "report", stopped)
+    assert "ddpm_train digits --out runs/digits --resume --tensorboard\n" in call(ddpm_train, "digits", *QUICK, "--tensorboard")[2]
+
+
 def test_one_patience_for_samples_and_measurements(call, here, monkeypatch):
     "On a machine that takes a second for a step: what is left out is said, with the command that takes it, and the rest is what is written."
     def trained(seconds, *args):
