@@ -324,7 +324,8 @@ def _calls(
     calls = (train+test)*each + curve*T
     total = calls if k else calls - curve*T
     if ddpm.variance == 'learned': return total
-    if ddpm.mse is None or measure: total += _images_for_mse(calls, T)*len(_mse_steps(T))
+    if ddpm.mse is None or measure:
+        total += _images_for_mse(calls, T)*len(_mse_steps(T))
     total += test*each
     if T > 20: total += _images_for_L0(calls)*min(64, T) + 20*test
     return total
