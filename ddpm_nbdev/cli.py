@@ -30,7 +30,7 @@ from .data import Dataset, epoch_order
 from .ddpm import DDPM, draw_samples
 from .files import read_json, write_json, write_whole
 from .likelihood import even_steps, evaluate_bits_per_dim, rate_distortion, stride
-from .machines import PRECISIONS, LowPrecision, join_processes, rank
+from .machines import PRECISIONS, LowPrecision, join_processes, my_share, rank
 from .measures import (_check_quality, _find, _foretell, _rmse, _steps_per_image,
                                  _summary, _with_quality, quality_of)
 from .models import (_add_metrics, _chain_name, _data_of, _free_name,
@@ -123,7 +123,8 @@ def _reported(ddpm, data, k, drawn, progress):
         used, asked = replace(data, **few), data.name == 'digits' and len(drawn)
         judge = [quality.digit_classifier(data)] if asked else ()
     at_once = max(1, 512//min(_STEPS+1, ddpm.sched.T))       # images in a call
-    calls = sum(-(-_images_of_report(x)//at_once) for x in (used.train, used.test))
+    shares = [my_share(_images_of_report(x)) for x in (used.train, used.test)]
+    calls = sum(-(-len(mine)//at_once) for mine in shares)
     with _each_call(ddpm.model, calls, progress):
         return report(ddpm, used, drawn, *judge)
 
@@ -137,7 +138,8 @@ def _measure(plan, ddpm, samples, out, say, quiet, again):
         n, k = _what_fits(ddpm, plan.data, samples, out, say)
         progress = _shown(quiet, say, f"drawing {n} samples", 'steps')
         drawn = draw_samples(ddpm, n, cfg.seed, progress=progress)
-        measured = _reported(ddpm, plan.data, k, drawn, _shown(quiet, say, 'measuring'))
+        progress = _shown(quiet, say, 'measuring', 'calls of the network')
+        measured = _reported(ddpm, plan.data, k, drawn, progress)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the trained network is saved; to sample and "
                           f"measure it: {again}") from None

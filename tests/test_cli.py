@@ -1058,6 +1058,7 @@ def test_lines_of_sampling_and_measuring(call, here, run, monkeypatch):
                                                                for i in range(1, 9)]
     trained = go(ddpm_train, "digits", *QUICK, "--samples", 2)
     assert [line[:4] for line in trained if "drawing" in line[0]] == [("drawing 2 samples", str(i), "4", " steps") for i in range(1, 5)]
+    assert [line[:4] for line in trained if line[0] == "measuring"] == [("measuring", str(i), "2", " calls of the network") for i in (1, 2)]
     found = go(ddpm_evaluate, run, "--images", 600, "--steps", 2, "--curve-images", 1, "--quality", "--samples", 4)
     of = {label: (unit, int(total)) for label, _, total, unit, *_ in found}
     assert of["bits/dim, training images"] == (" images", 600) and of["bits/dim, test images"] == (" images", 360) and of["every step"] == (" images", 1)
