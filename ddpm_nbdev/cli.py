@@ -17,57 +17,37 @@ import shlex
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save as safetensors_bytes
 
+from . import quality
 from .commands import (_check_options, _choose_device, _printer, _run_by_name,
                                  command)
+from .data import Dataset, epoch_order
 from .ddpm import DDPM, draw_samples
 from .files import read_json, write_json, write_whole
-from .likelihood import (Likelihood, best_steps, decoder_costs, even_steps,
-                                   evaluate_bits_per_dim, measure_mse, rate_distortion, stride)
-from .machines import (PRECISIONS, LowPrecision, join_processes, rank, size,
-                                 sum_over_processes)
-from .measures import _check_quality, _with_quality, quality_of
+from .likelihood import even_steps, evaluate_bits_per_dim, rate_distortion, stride
+from .machines import PRECISIONS, LowPrecision, join_processes, my_share, rank
+from .measures import (_check_quality, _find, _foretell, _rmse, _steps_per_image,
+                                 _summary, _with_quality, quality_of)
 from .models import (_add_metrics, _chain_name, _data_of, _free_name,
                                _metrics_file, _raw_model, find_model)
 from .plot import _save_curve
 from .quality import report
-from .run import (Interrupted, _can_show_progress, _resume_command, _save_samples,
-                            only_writer, train)
+from .run import Interrupted, _resume_command, _save_samples, only_writer, train
 from .runs import (_announce, _begins_with, _check_call, _check_shape,
                              _plan_training, _settings_for, _settings_in,
                              _share_of_the_start)
 from .saved import _mse_to_config, checkpoint_header, current_weights
 from .train import ConfigError, TrainConfig
+from .watch import (_all_like_ctrl_c, _board, _duration, _each_call, _how_many,
+                              _log_lines, _say_time, _seconds_a_call, _share_patience, _shown,
+                              _summary_writer)
 
 # %% ../nbs/20_cli.ipynb #14b45b4b
-def _how_many(
-    ddpm:DDPM,      # to sample from
-    asked:int|None, # None: 64, or fewer if that takes long
-    option:str,     # what to say to have them all
-    say:Callable,   # prints
-    patience:float=180., # seconds
-)->int:
-    "How many images to draw."
-    if asked is not None: return asked
-    one = torch.zeros(8, *ddpm.shape, device=ddpm.device)
-    t = torch.ones(8, dtype=torch.int64, device=ddpm.device)
-    with torch.no_grad():
-        for _ in range(2):                                     # the first call is slow
-            start = time.perf_counter()
-            ddpm.p(one, t).mean.sum().item()
-    took = sum_over_processes(torch.tensor(time.perf_counter()-start)).item()
-    each = took/size()**2*ddpm.sched.T/8       # their mean; and they share the work
-    if 64*each <= patience or ddpm.device.type != 'cpu': return 64
-    n = int(patience/each)
-    n = n//8*8 if n > 8 else max(1, n)
-    say(f"64 samples would take about {64*each/60:.0f} minutes on this device; "
-        f"drawing {n} ({option} 64 draws them all)")
-    return n
-
 def _describe_bits(
     part:str,   # 'train' or 'test'
     bits:dict,  # from `report`
@@ -103,16 +83,63 @@ def _summarize(metrics, out, say):
             f"{again} --raw draws without the average")
     say(f"to sample again: {again}")
 
+# %% ../nbs/20_cli.ipynb #955dcfe0
+_STEPS = 8                                    # random t per image that `report` takes
+
+def _images_of_report(x):
+    "How many of these images `report` measures."
+    return min(len(x), max(32, quality._EVALUATION_PIXELS // ((_STEPS+1)*x[0].numel())))
+
+def _what_fits(
+    ddpm:DDPM,        # trained
+    data:Dataset,     # on this
+    samples:int|None, # as asked for
+    out:Path,         # the run's folder
+    say:Callable,     # prints
+)->tuple[int,int|None]: # samples; images of each part to measure, None: `report`'s
+    "What can be drawn and measured without trying anybody's patience."
+    each = _seconds_a_call(ddpm)
+    most = max(map(_images_of_report, (data.train, data.test)))
+    pair, T = 2*min(_STEPS+1, ddpm.sched.T)*each, ddpm.sched.T
+    wanted = 64 if samples is None else samples
+    drawing, measuring, k = wanted*T*each, most*pair, None
+    for_drawing, for_measuring = _share_patience(drawing, measuring)
+    n = _how_many(ddpm, samples, '--samples', say, for_drawing, each)
+    if ddpm.device.type == 'cpu' and measuring > for_measuring:
+        k = max(1, int(for_measuring/pair))
+        all_of_it = shlex.join(['ddpm_evaluate', str(out), '--images', str(most),
+                                '--steps', str(_STEPS)])
+        say(f"measuring on {most} images of each part would take about "
+            f"{_duration(measuring)}; taking {k} ({all_of_it} takes them all)")
+    _say_time(n*T*each + (k or most)*pair, "that", say)
+    return n, k
+
+def _reported(ddpm, data, k, drawn, progress):
+    "What `report` says, on k images of each part unless k is None."
+    used, judge = data, ()
+    if k is not None:
+        few = {part: getattr(data, part) for part in ('train', 'test')}
+        few = {part: x[epoch_order(len(x), 0, 0)[:k]] for part, x in few.items()}
+        used, asked = replace(data, **few), data.name == 'digits' and len(drawn)
+        judge = [quality.digit_classifier(data)] if asked else ()
+    at_once = max(1, 512//min(_STEPS+1, ddpm.sched.T))       # images in a call
+    shares = [my_share(_images_of_report(x)) for x in (used.train, used.test)]
+    calls = sum(-(-len(mine)//at_once) for mine in shares)
+    with _each_call(ddpm.model, calls, progress):
+        return report(ddpm, used, drawn, *judge)
+
 # %% ../nbs/20_cli.ipynb #a6fe7d89
-def _measure(plan, ddpm, samples, out, say, progress, again):
+def _measure(plan, ddpm, samples, out, say, quiet, again):
     "Draw and measure at the end of a run: images, and what goes into metrics.json."
     cfg, start = plan.cfg, time.perf_counter()
     trained = checkpoint_header(out/'checkpoint.safetensors')['seconds']
     say(f"\ntrained in {trained:.0f} s; now sampling and measuring")
     try:
-        n = _how_many(ddpm, samples, '--samples', say)
+        n, k = _what_fits(ddpm, plan.data, samples, out, say)
+        progress = _shown(quiet, say, f"drawing {n} samples", 'steps')
         drawn = draw_samples(ddpm, n, cfg.seed, progress=progress)
-        measured = report(ddpm, plan.data, drawn)
+        progress = _shown(quiet, say, 'measuring', 'calls of the network')
+        measured = _reported(ddpm, plan.data, k, drawn, progress)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the trained network is saved; to sample and "
                           f"measure it: {again}") from None
@@ -121,13 +148,31 @@ def _measure(plan, ddpm, samples, out, say, progress, again):
                'parameters': sum(p.numel() for p in ddpm.model.parameters()),
                'config': asdict(cfg)}
     if 'evaluation' not in plan.old: return drawn, metrics
-    same = plan.finished and plan.old.get('config', {}).get('steps') == cfg.steps
-    if same: metrics['evaluation'] = plan.old['evaluation']          # of these weights
+    if _measured_before(plan): metrics['evaluation'] = plan.old['evaluation']
     else:
         evaluate = shlex.join(['ddpm_evaluate', str(out)])
         say("note: what ddpm_evaluate measured was a shorter run, and is gone; "
             f"again: {evaluate}")
     return drawn, metrics
+
+def _measured_before(plan):
+    "Are the numbers in the folder those of these very weights?"
+    return plan.finished and plan.old.get('config', {}).get('steps') == plan.cfg.steps
+
+def _finish(plan, drawn, metrics, out, say, board):
+    "Write what was drawn and measured, and say what a run has given."
+    if len(drawn): _save_samples(drawn, out/'samples.png', plan.data.levels)
+    _save_curve(out, plan.cfg.dataset)
+    write_json(out/'metrics.json', metrics)
+    if board: board.end(metrics, _measured_before(plan))
+    (out/'.torchrun').unlink(missing_ok=True)
+    _summarize(metrics, out, say)
+    if board: say(f"to look at it: {shlex.join(['tensorboard', '--logdir', str(out)])}")
+
+def _folder_of(dataset):
+    "Where a run goes unless somebody says otherwise."
+    kind, _, path = dataset.partition(':')
+    return f"runs/{Path(path).expanduser().resolve().name if path else kind}"
 
 _NO_OPTIONS = 'dataset', 'model', 'model_args', 'schedule_args'
 _OFFERED = ' '.join(f.name for f in fields(TrainConfig) if f.name not in _NO_OPTIONS)
@@ -145,40 +190,36 @@ def ddpm_train(
     device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU, if any)
     resume:bool=False,     # go on with the run in that folder
     overwrite:bool=False,  # replace that run when the new one has a checkpoint
+    tensorboard:bool=False, # copy log and samples for TensorBoard, into tensorboard/
     quiet:bool=False,      # print nothing but errors and what was not read
     **settings,            # fields of TrainConfig; not given, or None: the preset's
 )->dict:                   # what is written to metrics.json
     """Train a diffusion model on a dataset, or on the pictures of a folder; write
     samples, weights and numbers to a folder. Presets: digits, folder, fashion_mnist,
     cifar10, celebahq256, lsun256, lsun256_large. Under torchrun, on many devices."""
+    if tensorboard: _summary_writer()                         # is it there?
     settings = {k: v for k, v in settings.items() if v is not None}
     _check_call(samples, resume, preset=preset, config=config, init=init)
     if config: settings = _settings_in(config) | settings
     first, settings = _begins_with(init, dataset, settings)
     if not resume: _settings_for(dataset, preset, settings)   # wrong values come first
-    kind, _, path = dataset.partition(':')
-    name = Path(path).expanduser().resolve().name if path else kind
-    out = Path(out or f"runs/{name}")
+    out = Path(out or _folder_of(dataset))
     join_processes()
     say = _printer(quiet)
-    with only_writer(out):
+    with _all_like_ctrl_c(), only_writer(out):
         plan = _plan_training(out, dataset, preset, settings, device, data_dir,
                               resume, overwrite)
         _check_shape(init, first, plan.data)
         _announce(plan, dataset, out, say)
         again = _resume_command(dataset, out, data_dir=data_dir, samples=samples,
-                                device=device)
-        ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
-                     progress=not quiet, data=plan.data, again=again,
-                     init=first)
-        progress = not quiet and _can_show_progress()
-        drawn, metrics = _measure(plan, ddpm, samples, out, say, progress, again)
-        if rank(): return metrics
-        if len(drawn): _save_samples(drawn, out/'samples.png', plan.data.levels)
-        _save_curve(out, plan.cfg.dataset)
-        write_json(out/'metrics.json', metrics)
-        (out/'.torchrun').unlink(missing_ok=True)
-        _summarize(metrics, out, say)
+                                device=device, tensorboard=tensorboard or None)
+        with _board(tensorboard, out, plan.resume, plan.overwrite) as board:
+            told = [board, _log_lines(quiet, say, plan.cfg.steps, out, plan.resume)]
+            ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
+                         progress=not quiet, data=plan.data, again=again, init=first,
+                         watch=lambda row: [tell(row) for tell in told if tell])
+            drawn, metrics = _measure(plan, ddpm, samples, out, say, quiet, again)
+            if not rank(): _finish(plan, drawn, metrics, out, say, board)
     return metrics
 
 # %% ../nbs/20_cli.ipynb #13b9fc4d
@@ -254,7 +295,7 @@ def ddpm_sample(
     shown, start = [], time.perf_counter()
     watch = lambda t, x: shown.append(x[:8].cpu()) if t in moments else None
     out.parent.mkdir(parents=True, exist_ok=True)
-    progress = not quiet and _can_show_progress()
+    progress = _shown(quiet, say, f"drawing {n} images", 'steps')
     samples = draw_samples(ddpm, n, seed, batch_size, progress, watch)
     if rank(): return out
     if out.suffix.lower() == '.png': _save_samples(samples, out, ddpm.levels)
@@ -277,8 +318,6 @@ def _weights_now(what):
     file = current_weights(what)
     return (file, file.stat().st_mtime_ns) if file.exists() else None
 
-def _rmse(r:Likelihood): return 127.5*r.mse[1].sqrt().item()  # x_0-hat at t = 1, 0..255
-
 def _table(what, found, quality=None):
     "Bits/dim in the sense of Table 1, rate and distortion in that of section 4.3."
     heads = 'L_T', 'L_mid', 'L_0', 'rate'
@@ -290,27 +329,8 @@ def _table(what, found, quality=None):
                      f"{r.L_0:9.3f}{r.L_T+r.L_mid:9.3f}{_rmse(r):8.2f}{r.n:8}")
     return '\n'.join(_with_quality(lines, quality))
 
-def _summary(r):
-    "The numbers of a table's row."
-    left_out = 'terms', 'errors', 'mse', 'counts'
-    kept = {k: v for k, v in r.to_dict().items() if k not in left_out}
-    return kept | {'rmse': _rmse(r)}
-
-def _numbers(found, curve, T, exact, steps, seed):
-    "What `ddpm_evaluate` writes."
-    arrays = {k: v.tolist() for k, v in rate_distortion(curve).items()}
-    return {**{part: _summary(r) for part, r in found.items()},
-            'steps_per_image': T if exact else min(steps+1, T), 'seed': seed,
-            'curve': {'images': curve.n, 'terms': curve.to_dict()['terms'], **arrays}}
 
 # %% ../nbs/20_cli.ipynb #ad8759d6
-def _with_mse(ddpm, train, calls, again, progress):
-    "The model with the optimal variance; on how many images that was measured, or 0."
-    if ddpm.mse is not None and not again: return replace(ddpm, variance='optimal'), 0
-    x0 = train[:min(256, max(16, calls//min(128, ddpm.sched.T)))]
-    mse = measure_mse(ddpm, x0, progress=progress)
-    return replace(ddpm, variance='optimal', mse=mse), len(x0)
-
 def _keep_mse(what, mse, weights):
     "Add the measured error to a run's config.json; False if these are not its weights."
     config = Path(what)/'config.json'
@@ -320,13 +340,32 @@ def _keep_mse(what, mse, weights):
     except OSError: return False                    # a folder that cannot be changed
     return True
 
-def _short_chain(best, train, calls, steps=20):
-    "The best so many steps with the optimal variance; None if there are no more."
-    T = best.sched.T
-    if T <= steps: return None
-    x0, last = train[:min(128, max(8, calls//256))], min(64, T)
-    L0 = decoder_costs(best, x0, last)
-    return best_steps(best.sched.to('cpu'), best.mse, L0, steps)[0]
+def _numbers(found, ddpm, k, seed):
+    "What `ddpm_evaluate` writes: of each row also how many steps of an image it took."
+    each = {'steps_per_image': _steps_per_image(ddpm, k)}
+    every = {'steps_per_image': ddpm.sched.T}
+    arrays = {key: v.tolist() for key, v in rate_distortion(found.curve).items()}
+    said = {part: _summary(r) | each for part, r in found.rows.items()}
+    said |= each | {'seed': seed, 'curve': {'images': found.curve.n, **every, **arrays,
+                                            'terms': found.curve.to_dict()['terms']}}
+    if r := found.better.get('optimal'): said['optimal'] = {'test': _summary(r) | each}
+    if r := found.better.get('short_chain'):
+        test = _summary(r) | {'steps_per_image': len(found.kept)}
+        said['short_chain'] = {'steps': found.kept, 'test': test}
+    return said
+
+def _say_found(what, found, T, quality, say):
+    "The table, and two lines below it."
+    say(f"\n{_table(what, found.rows, quality)}")
+    names = {'optimal': "optimal variance",
+             'short_chain': f"the best {len(found.kept or [])} steps with it"}
+    also = [f"{names[k]}: test {r.total:.3f}" for k, r in found.better.items()]
+    if also: say(', '.join(also))
+    late = int((rate_distortion(found.curve)['rate'] < found.curve.total/2).sum())
+    n = found.curve.n
+    say(f"half of the bits are received after {late} of {T} reverse steps "
+        f"({n} image{'s'*(n != 1)} at every step)")
+
 
 # %% ../nbs/20_cli.ipynb #adf11a85
 @command
@@ -336,7 +375,7 @@ def ddpm_evaluate(
     steps:int=20,          # values of t to draw at random for each image (default 20)
     exact:bool=False,      # every t for every image instead
     images:int=None,       # how many of the training and test images (default: all)
-    curve_images:int=16,   # test images taken at every t, for the curve (default 16)
+    curve_images:int=None, # test images taken at every t (default: 16, or --images)
     measure:bool=False,    # measure anew how wrong x_0-hat is, if that is known already
     quality:bool=False,    # also FID, IS, KID, precision and recall of samples
     samples:int=None,      # how many of them (default: on a CPU up to 2000, else 5000)
@@ -359,42 +398,28 @@ def ddpm_evaluate(
     data = _data_of(what, dataset, ddpm, data_dir)
     path, weights = _metrics_file(what, out), _weights_now(what)
     low = None if precision == 'float32' else PRECISIONS[precision]
-    progress = not quiet and _can_show_progress()
-    def bits(ddpm, x, k):
+    progress = partial(_shown, quiet, say)
+    def bits(ddpm, x, k, what):
         return evaluate_bits_per_dim(ddpm, x, torch.Generator().manual_seed(seed), k,
-                                     autocast=low, progress=progress)
-    q = quality_of(ddpm, data, samples, features, seed, progress=progress, say=say,
-                   autocast=low, data_dir=data_dir) if quality else None
-    train, test, k = data.train[:images], data.test[:images], None if exact else steps
-    found = {'train': bits(ddpm, train, k), 'test': bits(ddpm, test, k)}
-    curve = found['test'] if exact else bits(ddpm, data.test[:curve_images], None)
-    T, better, n = ddpm.sched.T, {}, 0
-    evaluation = _numbers(found, curve, T, exact, steps, seed)
-    if q: evaluation['quality'] = q
-    if ddpm.variance != 'learned':
-        calls = sum(int(r.counts[1:].sum()) for r in (*found.values(), curve))
-        best, n = _with_mse(ddpm, data.train, calls, measure, progress)
-        better['optimal variance'] = r = bits(best, test, k)
-        evaluation['optimal'] = {'test': _summary(r)}
-        if kept := _short_chain(best, data.train, calls):
-            better[f'the best {len(kept)} steps with it'] = r = bits(stride(best, kept),
-                                                                     test, None)
-            evaluation['short_chain'] = {'steps': kept, 'test': _summary(r)}
+                                     autocast=low, progress=progress(what, 'images'))
+    k = None if exact else steps
+    curve_images = curve_images or min(16, images or 16)
+    if not quiet: _foretell(ddpm, data, images, k, curve_images, measure, low, say)
+    q = quality_of(ddpm, data, samples, features, seed, progress=progress('quality'),
+                   say=say, autocast=low, data_dir=data_dir) if quality else None
+    found = _find(ddpm, data, images, k, curve_images, measure, bits, progress)
+    evaluation = _numbers(found, ddpm, k, seed) | ({'quality': q} if q else {})
     evaluation['seconds'] = round(time.perf_counter()-start, 1)
     if rank(): return evaluation
-    say(f"\n{_table(what, found, q)}")
-    say(', '.join(f"{name}: test {r.total:.3f}" for name, r in better.items()))
-    late = int((rate_distortion(curve)['rate'] < curve.total/2).sum())
-    say(f"half of the bits are received after {late} of {T} reverse steps "
-        f"({curve.n} image{'s'*(curve.n != 1)} at every step)")
+    _say_found(what, found, ddpm.sched.T, q, say)
     if not out and _weights_now(what) != weights:
         path = _free_name(what, 'metrics', '.json')
         say(f"note: the run in {what} went on meanwhile; its metrics.json stays")
     _add_metrics(path, evaluation=evaluation)
-    if n:
-        done = _keep_mse(what, best.mse, weights)
+    if found.n:
+        done = _keep_mse(what, found.best.mse, weights)
         kept = f"kept in {what}/config.json" if done else "not kept"
-        say(f"the error of x_0-hat was measured on {n} training images, {kept}")
+        say(f"the error of x_0-hat was measured on {found.n} training images, {kept}")
     say(f"{evaluation['seconds']:.0f} s; wrote {path}")
     return evaluation
 

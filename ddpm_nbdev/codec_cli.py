@@ -43,6 +43,7 @@ from .models import (_calibrated, _data_of, _free_name, _load, _ours, _shipped_m
 from .progressive import compress, decompress, fingerprints, receive, send
 from .run import _can_show_progress, _save_samples
 from .train import ConfigError
+from .watch import _Lines
 
 # %% ../nbs/20a_codec_cli.ipynb #154925e3
 def _grays(levels):
@@ -221,9 +222,9 @@ def ddpm_compress(
     _free_output(out, overwrite)
     plain = _load(model, 'cpu')
     x = _chosen_images(what, data, plain, model, split, data_dir)[:images]
-    watched = not quiet and _can_show_progress()
-    bar = partial(progress_bar, leave=False) if watched else None
-    ddpm = _calibrated(model, plain, dataset, data_dir, say, bar)
+    bar = partial(progress_bar, leave=False) if _can_show_progress() else \
+          _Lines(say, "measuring the network's errors", 'steps')
+    ddpm = _calibrated(model, plain, dataset, data_dir, say, None if quiet else bar)
     shape = 'x'.join(map(str, ddpm.shape))
     if data and data.partition(':')[0] in ('folder', 'lsun'):
         say(f"note: images of {data} are cut and scaled to {shape}, as for training; "

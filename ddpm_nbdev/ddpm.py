@@ -133,11 +133,11 @@ class DDPM:
         generator:torch.Generator|None=None, # source of x_T and z, on model's device
         xT:Tensor|None=None,                 # the start; None draws N(0, I)
         clip:bool=True,                      # clamp x_0-hat to [-1, 1]
-        progress:bool=False,                 # draw a progress bar
+        progress:bool|Callable=False,        # draw a progress bar, or another's like
     )->Tensor:                               # `(n, c, h, w)`, meant to lie in [-1, 1]
         "Algorithm 2: draw images."
-        steps = self.chain(n, generator, xT, clip)
-        if progress: steps = progress_bar(steps, total=self.sched.T, leave=False)
+        steps = _watched(self.chain(n, generator, xT, clip), progress,
+                         total=self.sched.T)
         for _, x, _ in steps: pass
         return x
 
@@ -176,7 +176,7 @@ class DDPM:
         steps:int|None=None,                 # None: every t; k: k random t per image
         batch_size:int=512,                  # (image, t) pairs per network call
         index:Tensor|None=None,              # places in the dataset; None counts from 0
-        progress:bool=False,                 # draw a progress bar
+        progress:bool|Callable=False,        # draw a progress bar, or another's like
     )->BitsPerDim:
         """An upper bound on the code length of each image in bits/dim, eq. 5, with one
         noise for each (image, t), whatever the batches, and x_0-hat clamped; with
@@ -190,7 +190,7 @@ class DDPM:
         batches = self.bound_terms(x0, key, index.to(self.device), steps, batch_size)
         if progress:
             calls = -(-n*_count_steps(self.sched.T, steps)//batch_size)
-            batches = progress_bar(batches, total=calls, leave=False)
+            batches = _watched(batches, progress, total=calls)
         sums = torch.zeros(2*n, dtype=torch.float64)               # L_0, L_mid of each
         for i, t, w, nats, _ in batches:
             sums.index_add_(0, ((t > 1)*n + i).cpu(), (nats*w).cpu().double())
@@ -234,19 +234,29 @@ class DDPM:
         return cls.load(_shipped(name), device)
 
 # %% ../nbs/10_ddpm.ipynb #06e49610
+def _watched(
+    steps,    # what to go through
+    progress, # draw a progress bar? or what to call in place of `progress_bar`
+    **total,  # `total`, where the steps do not know it
+):
+    "The steps, and with them whatever shows how far they are."
+    if not progress: return steps
+    bar = progress_bar if progress is True else progress
+    return bar(steps, leave=False, **total)
+
 def _sample_batches(
     ddpm:DDPM,            # to sample from
     mine:range,           # which of the images that the seed names
     seed:int,             # same seed, same images
     batch_size:int,       # images at a time; the images do not depend on it
-    progress:bool=False,  # draw a progress bar, one for all batches
+    progress:bool|Callable=False, # draw a progress bar, one for all batches
     watch:Callable|None=None, # called with (t, x_t), t = T..0, of the first batch
 )->Iterator[Tensor]:      # float `(b, c, h, w)`, not rounded, where the model is
     "Algorithm 2 for each of these images, with the noise that belongs to it."
     key, T = subseed(seed, 2), ddpm.sched.T
     starts = range(mine.start, mine.stop, batch_size)
     steps, shown = range(T*len(starts)), progress and len(starts)
-    bar = iter(progress_bar(steps, leave=False)) if shown else None
+    bar = iter(_watched(steps, progress)) if shown else None
     for first in starts:
         last = min(first+batch_size, mine.stop)
         index = torch.arange(first, last, device=ddpm.device)
@@ -265,7 +275,7 @@ def draw_samples(
     n:int,                # how many images
     seed:int=0,           # same seed, same images
     batch_size:int=256,   # images at a time; the images do not depend on it
-    progress:bool=False,  # draw a progress bar
+    progress:bool|Callable=False, # draw a progress bar, or call this in its place
     watch:Callable|None=None, # called with (t, x_t), t = T..0, of the first batch
 )->Tensor:                # uint8 `(n, c, h, w)` in 0..levels-1, on the CPU
     """Algorithm 2, n times, rounded to the gray levels of the data; each process draws

@@ -17,7 +17,7 @@ import os
 import re
 import time
 from argparse import ArgumentTypeError
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 from pathlib import Path
@@ -37,6 +37,7 @@ from .models import _free_name, find_model
 from .plot import save_images
 from .run import _can_show_progress
 from .train import ConfigError
+from .watch import _each_call, _Lines
 
 # %% ../nbs/20b_interpolate_cli.ipynb #69bcae0f
 def _ends(what):
@@ -91,24 +92,6 @@ def _chain_of(
     return stride(replace(ddpm, variance=short.variance), kept), kept
 
 # %% ../nbs/20b_interpolate_cli.ipynb #b9e943d4
-@contextmanager
-def _each_call(
-    model,          # a network
-    total:int,      # how many calls there will be
-    watched:bool,   # does anybody see it?
-):
-    "A progress bar that moves with each call of the network."
-    if not watched:
-        yield
-        return
-    moves = iter(progress_bar(range(total+1), leave=False))
-    def move(*_): next(moves, None)     # must return None, or it changes the input
-    hook = model.register_forward_pre_hook(move)
-    try: yield
-    finally:
-        hook.remove()
-        for _ in moves: pass            # to its end: the line goes away
-
 def _rows(
     ddpm:DDPM,      # over the chain that is used
     ends:Tensor,    # the two images, uint8 `(2, c, h, w)`
@@ -116,13 +99,14 @@ def _rows(
     n:int,          # how many lambdas, from 0 to 1
     seed:int,       # of the noise, which is the same in each row
     choices:dict,   # `noise` and `mix`
-    watched:bool,   # draw a progress bar
+    progress:bool|Callable, # draw a progress bar, or call this instead
     batch_size:int=64, # images per network call
 )->Tensor:          # uint8 `(rows*(n+2), c, h, w)`
     "Rows of the one image, n decodings, and the other."
     x = to_model_range(ends, ddpm.levels)
     calls, rows = sum(places)*-(-n//batch_size), []
-    with _each_call(ddpm.model, calls, watched):
+    bar = progress_bar if progress is True else progress
+    with _each_call(ddpm.model, calls+1, bar):      # the last one ends the line
         for t in places:
             g = torch.Generator().manual_seed(seed)
             found = interpolate(ddpm, x[:1], x[1:], t, torch.linspace(0, 1, n), g,
@@ -237,8 +221,9 @@ def ddpm_interpolate(
     places = [kept.index(s)+1 if s else 0 for s in t]
     scale = scale or max(1, 64//ends.shape[-1])
     _check_size(n, len(t), max(ends.shape[-2:]), scale)
-    watched = not quiet and _can_show_progress()
-    rows = _rows(ddpm, ends, places, n, seed, dict(noise=noise, mix=mix), watched)
+    watched = _can_show_progress() or _Lines(say, 'interpolating')
+    rows = _rows(ddpm, ends, places, n, seed, dict(noise=noise, mix=mix),
+                 watched if not quiet else False)
     out.parent.mkdir(parents=True, exist_ok=True)
     save_images(rows, out, n+2, scale, ddpm.levels)
     used = f"{len(kept)} of {kept[-1]}" if len(kept) < kept[-1] else len(kept)

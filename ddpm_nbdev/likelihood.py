@@ -8,15 +8,15 @@ __all__ = ['Likelihood', 'evaluate_bits_per_dim', 'measure_mse', 'Strided', 'str
 
 # %% ../nbs/14_likelihood.ipynb #8eb673f2
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from fastprogress.fastprogress import progress_bar
 from torch import Tensor, nn
 
 from .bound import _count_steps, mean_flat, prior_kl, vlb_terms
-from .ddpm import DDPM
+from .ddpm import DDPM, _watched
 from .decoder import check_grid, to_model_range
 from .forward import q_sample
 from .machines import Autocast, eval_mode, my_share, sum_over_processes
@@ -89,7 +89,7 @@ def evaluate_bits_per_dim(
     batch_size:int=512,                  # (image, t) pairs per network call
     index:Tensor|None=None,              # places in the data set, `(n,)`; None: 0..n-1
     autocast=None,                       # precision in the network: torch.bfloat16
-    progress:bool=False,                 # draw a progress bar
+    progress:bool|Callable=False,        # draw a progress bar, or call this instead
 )->Likelihood:
     """Eq. 5 over a data set: what a lossless code would need, and where.
 
@@ -109,7 +109,7 @@ def evaluate_bits_per_dim(
     moments = torch.zeros(5, dtype=torch.float64)      # total, square, L_T, L_mid, L_0
     mine = my_share(len(x0))               # of several processes each takes some images
     starts = range(mine.start, mine.stop, max(1, batch_size//k))       # a few at a time
-    for start in (progress_bar(starts, leave=False) if progress else starts):
+    for start in _watched(starts, progress):
         here = slice(start, min(start+starts.step, mine.stop))
         x, places = x0[here].to(ddpm.device), index[here].to(ddpm.device)
         _add_images(per_t, moments, ddpm, x, key, places, steps, batch_size)
@@ -126,6 +126,10 @@ def _noised(ddpm, x0, t, key, index, batch_size):
         noise = indexed_noise(key, index[i], tt, x)
         yield x, q_sample(ddpm.sched, x, tt, noise), tt, noise
 
+def _mse_steps(T, points=128):
+    "At which steps the error is measured, at equal ratios."
+    return np.unique(np.geomspace(1, T, min(points, T)).round().astype(int))
+
 @torch.no_grad()
 def measure_mse(
     ddpm:DDPM,              # the model
@@ -134,7 +138,7 @@ def measure_mse(
     key:int=0,              # names the stream of noise
     index:Tensor|None=None, # places in the data set, `(n,)`; None: 0..n-1
     batch_size:int=512,     # images per network call
-    progress:bool=False,    # draw a progress bar
+    progress:bool|Callable=False, # draw a progress bar, or call this instead
 )->Tensor:                  # `(T+1,)` float64, for images in [-1, 1]; NaN at 0
     """The mean squared error of x_0-hat (clamped) at every t, which the optimal
     variance needs. ValueError for no images, data off the grid, or a network that gives
@@ -145,10 +149,10 @@ def measure_mse(
         raise ValueError("there must be images to measure on, a place for each, and at "
                          f"least 1 point and batch: got {n} images, {len(index)} "
                          f"places, points={points}, batch_size={batch_size}")
-    ts = np.unique(np.geomspace(1, T, min(points, T)).round().astype(int))
+    ts = _mse_steps(T, points)
     found = torch.zeros(len(ts), dtype=torch.float64)
     with eval_mode(ddpm.model):
-        for j, t in enumerate(progress_bar(ts, leave=False) if progress else ts):
+        for j, t in enumerate(_watched(ts, progress)):
             for x, xt, tt, _ in _noised(ddpm, x0, int(t), key, index, batch_size):
                 error = mean_flat((ddpm.p(xt, tt).x0 - x)**2)
                 found[j] += error.double().sum().cpu()/n

@@ -16,6 +16,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -29,8 +30,7 @@ from torch import Tensor
 from .data import Batches, Dataset, _absolute, load_dataset
 from .ddpm import DDPM, draw_samples
 from .files import WeightsError, load_weights, read_log, write_whole
-from .machines import (any_process, join_processes, rank, size,
-                                 sum_over_processes)
+from .machines import any_process, join_processes, rank, size, sum_over_processes
 from .noise import own_randomness
 from .plot import save_images
 from .saved import checkpoint_header
@@ -70,7 +70,7 @@ class RunFolder:
         self.path = Path(path)
         self.checkpoint, self.final_log = (self.path/name for name in
                                            ('checkpoint.safetensors', 'log.jsonl'))
-        self.pending, self.saved_step = [], None
+        self.pending, self.saved_step, self.replaces = [], None, overwrite
         _check_folder(self.path, resume, overwrite)
         sum_over_processes(torch.zeros(1))  # all have looked before anything is written
         self.log = self.final_log if resume else self.path/'log.jsonl.new'
@@ -112,7 +112,7 @@ class RunFolder:
     def write_log(self,
         state:TrainState,  # for step and seconds
         lr:float,          # the last learning rate
-    )->float:              # mean loss
+    )->dict:               # the line
         "Fetch what is pending and write a line; TrainingDiverged if one is not finite."
         rows, self.pending = torch.stack(self.pending).cpu().double(), []
         bad = (~rows.isfinite().all(1)).nonzero().flatten()
@@ -122,10 +122,9 @@ class RunFolder:
         loss, norm = rows.mean(0).tolist()
         row = dict(step=state.step, loss=loss, grad_norm=norm, lr=lr,
                    seconds=round(state.seconds, 3))
-        if self.writes:
-            line = json.dumps(row, allow_nan=False)+'\n'
-            with open(self.log, 'a') as f: f.write(line)
-        return loss
+        if not self.writes: return row
+        with open(self.log, 'a') as f: print(json.dumps(row, allow_nan=False), file=f)
+        return row
 
     def save(self,
         state:TrainState,  # finite, or an error
@@ -145,6 +144,8 @@ class RunFolder:
         for pattern in ('samples/*.png', 'checkpoints/*.safetensors'):
             for p in self.path.glob(pattern):
                 if p.stem.isdecimal(): p.unlink()
+        events = self.path.glob('tensorboard/*tfevents*') if self.replaces else ()
+        for p in events: p.unlink()
         os.replace(self.log, self.final_log)
         self.log = self.final_log
 
@@ -300,6 +301,7 @@ def train(
     data:Dataset|None=None,  # None loads `cfg.dataset`
     again:str|None=None,     # what to type to go on (default: the shortest that does)
     init:DDPM|None=None,     # a new run begins with its weights
+    watch:Callable=lambda row: None, # is told each line of the log, a dict
 )->DDPM:                     # with the averaged weights; also saved in `out`
     """Algorithm 1, with the optimizer of Appendix B, and with files. ValueError for a
     folder or settings that do not fit, Interrupted when it was stopped and saved,
@@ -319,7 +321,7 @@ def train(
             again = again or _resume_command(cfg.dataset, out)
             with _way_back(run, state, again):
                 if resume: run.restore(state)
-                _loop(run, state, batches, stop, progress, again)
+                _loop(run, state, batches, stop, progress, again, watch)
                 ddpm = state.averaged()
                 if run.writes: ddpm.save(out, state.step)
             sum_over_processes(torch.zeros(1))    # nobody goes on before they are there
@@ -356,12 +358,12 @@ def _loop(
     stop:list,        # not empty: somebody wants it to stop
     progress:bool,    # draw a progress bar
     again:str,        # what to type to go on
+    watch:Callable,   # is told each line of the log
 ):
     "Update until the settings' last step; log, save, draw; Interrupted if stopped."
     cfg, start = state.cfg, time.perf_counter() - state.seconds
     bar = todo = range(state.step, cfg.steps)
-    if todo and progress and _can_show_progress():
-        bar = progress_bar(todo)
+    if todo and progress and _can_show_progress(): bar = progress_bar(todo)
     for _ in bar:
         run.note(*training_step(state, batches))
         state.seconds = time.perf_counter()-start
@@ -370,13 +372,12 @@ def _loop(
         def due(every): return last or (every and state.step % every == 0)
         save, draw = due(cfg.checkpoint_every), due(cfg.sample_every)
         if due(cfg.log_every) or save or draw:
-            mean_loss = run.write_log(state, learning_rate(state.step-1, cfg))
-            if bar is not todo: bar.comment = f"loss {mean_loss:.4f}"
+            watch(row := run.write_log(state, learning_rate(state.step-1, cfg)))
+            if bar is not todo: bar.comment = f"loss {row['loss']:.4f}"
         if save or draw: run.save(state)
         if draw and not last: run.draw(state)
-        if stopping:
-            raise Interrupted(f"stopped after step {state.step} of {cfg.steps}; "
-                              f"to go on: {again}")
+        if stopping: raise Interrupted(
+            f"stopped after step {state.step} of {cfg.steps}; to go on: {again}")
 
 @contextmanager
 def _way_back(
@@ -400,8 +401,8 @@ def _resume_command(
     **options,     # that it was called with; None: not given
 )->str:
     "What to type to go on."
-    given = [[f"--{k.replace('_', '-')}", str(v)] for k, v in options.items()
-             if v is not None]
+    given = [[f"--{k.replace('_', '-')}", *[str(v)]*(v is not True)]
+             for k, v in options.items() if v is not None]
     return shlex.join(['ddpm_train', dataset, '--out', str(out), '--resume',
                        *sum(given, [])])
 

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm_nbdev import cli, models, quality
+from ddpm_nbdev import cli, measures, models, quality, watch
 from ddpm_nbdev import run as cli_run
 from ddpm_nbdev import train as train_module
 from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
@@ -281,6 +281,23 @@ def test_stopped_while_measuring(call, here, monkeypatch):
     assert status == 130 and "the trained network is saved" in err and "ddpm_train digits --out runs/digits --resume" in err
     assert not (here/"runs/digits/metrics.json").exists()
     assert call(ddpm_train, "digits", "--resume", "--quiet") == (0, "", "") and (here/"runs/digits/metrics.json").exists()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(getattr(signal, "SIGHUP", None), marks=pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none"))])
+@pytest.mark.parametrize("where", ["_plan_training", "report", "_save_curve"])
+def test_terminated_before_or_after_training(where, signum, call, here, monkeypatch):
+    "As by Ctrl-C: one line, status 130, no lock left behind, and who heard the signal before hears it again."
+    monkeypatch.setattr(signal, "getsignal", lambda s, real=signal.getsignal: signal.SIG_DFL if s == getattr(signal, "SIGHUP", None) else real(s))   # pytest may run under nohup
+    before, called = signal.getsignal(signal.SIGTERM), []
+    def terminated(*args):
+        called.append((here/"runs/digits/.ddpm_lock").exists())
+        signal.raise_signal(signum)
+    with monkeypatch.context() as m:
+        m.setattr(cli, where, terminated)
+        status, _, err = call(ddpm_train, "digits", *QUICK)
+    assert status == 130 and called == [True] and signal.getsignal(signal.SIGTERM) is before and not list(here.glob("runs/*/.ddpm_*"))
+    if where == "report": assert "the trained network is saved; to sample and measure it: ddpm_train digits --out runs/digits --resume" in err
+    assert len(err.strip().splitlines()) == 1 and (here/"runs").exists() == (where != "_plan_training")
 
 
 def test_overwrite(call, run):
@@ -790,6 +807,131 @@ def test_a_slow_device_draws_fewer_samples(call, here, monkeypatch):
     assert cli._how_many(ddpm, 7, "--n", said.append, patience=0.) == 7 and len(said) == 1
 
 
+def on_the_board(run):
+    "What TensorBoard shows of a run: scalars, pictures, both as step -> value; a step that is there twice is an error."
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed")
+    events = accumulator.EventAccumulator(str(run/"tensorboard"), size_guidance={"scalars": 0, "images": 0})
+    events.Reload()
+    tags = events.Tags()
+    found = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags["scalars"]} | {tag: [(e.step, (e.width, e.height)) for e in events.Images(tag)] for tag in tags["images"]}
+    for tag, points in found.items(): assert len({step for step, _ in points}) == len(points), tag
+    return {tag: dict(points) for tag, points in found.items()}
+
+
+def same_as_the_log(run):
+    "The scalars of training are the numbers of log.jsonl, and nothing else."
+    rows, found = read_log(run), on_the_board(run)
+    for k in ("loss", "grad_norm", "lr"): assert found[k] == pytest.approx({row["step"]: row[k] for row in rows}, rel=1e-6), k
+    pace = {row["step"]: (row["seconds"]-last["seconds"])/(row["step"]-last["step"]) for last, row in zip([{"step": 0, "seconds": 0.}, *rows], rows)}
+    assert found["seconds_a_step"] == pytest.approx(pace, rel=1e-3, abs=1e-6)
+    return found
+
+
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_tensorboard(from_the_start, call, here, monkeypatch):
+    "Of a run that is stopped after a checkpoint and an update or two, goes on, is measured twice, and is replaced: each point once, that of the log."
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    args = ["digits", *QUICK, "--steps", 20, "--log-every", 2, "--checkpoint-every", 6, "--sample-every", 6, "--sample-n", 2, "--samples", 2, "--out", "run"]
+    real = cli_run.training_step
+    def dies(state, batches):
+        if state.step == 10: raise RuntimeError("the machine is gone")
+        return real(state, batches)
+    with monkeypatch.context() as m:
+        m.setattr(cli_run, "training_step", dies)
+        with pytest.raises(RuntimeError): call(ddpm_train, *args, *["--tensorboard"]*from_the_start)
+    run = here/"run"
+    assert read_log(run)[-1]["step"] == 10 and (run/"tensorboard").exists() == from_the_start
+    status, out, err = call(ddpm_train, "digits", "--resume", "--log-every", 3, "--samples", 2, "--out", "run", "--tensorboard")
+    assert (status, err) == (0, "") and "to look at it: tensorboard --logdir run" in out
+    found = same_as_the_log(run)
+    bits = json.loads((run/"metrics.json").read_text())["bits_per_dim"]
+    for part in bits: assert found[f"bits_per_dim/{part}"] == pytest.approx({20: bits[part]["total"]})
+    assert list(found["samples"]) == [6, 12, 18, 20] and found["samples"][20] == Image.open(run/"samples.png").size
+    assert call(ddpm_train, "digits", "--resume", "--samples", 2, "--out", "run", "--tensorboard")[0] == 0      # measured once more
+    assert same_as_the_log(run).keys() == found.keys()
+    before = contents(run)
+    with monkeypatch.context() as m:                                        # replaced, but it dies before its first checkpoint
+        m.setattr(cli_run, "training_step", lambda state, batches: (_ for _ in ()).throw(RuntimeError("gone")) if state.step == 5 else real(state, batches))
+        with pytest.raises(RuntimeError): call(ddpm_train, *args, "--overwrite", "--tensorboard")
+    assert {k: v for k, v in contents(run).items() if k != "log.jsonl.new"} == before
+    assert call(ddpm_train, *args, "--seed", 1, "--steps", 8, "--overwrite", "--tensorboard")[0] == 0
+    assert max(same_as_the_log(run)["loss"]) == 8 and len(list((run/"tensorboard").iterdir())) == 1
+
+
+def test_tensorboard_changes_no_weight(call, here):
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    for out, more in (("with", ["--tensorboard"]), ("without", [])): assert call(ddpm_train, "digits", *QUICK, "--samples", 0, "--out", out, *more)[0] == 0
+    assert (here/"with/model.safetensors").read_bytes() == (here/"without/model.safetensors").read_bytes() and not (here/"without/tensorboard").exists()
+    same_as_the_log(here/"with")
+
+
+def test_tensorboard_that_is_not_installed_is_one_line(call, here, monkeypatch):
+    "Before anything else: no folder, no data, nothing trained."
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(cli, "_plan_training", None)
+    failed(call(ddpm_train, "digits", *QUICK, "--tensorboard"), 1, "pip install 'ddpm_nbdev[tensorboard]'")
+    assert not list(here.iterdir())
+
+
+def test_the_way_on_names_tensorboard(call, here, monkeypatch):
+    def stopped(*args): raise KeyboardInterrupt
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    monkeypatch.setattr(cli, "report", stopped)
+    assert "ddpm_train digits --out runs/digits --resume --tensorboard\n" in call(ddpm_train, "digits", *QUICK, "--tensorboard")[2]
+
+
+def test_one_patience_for_samples_and_measurements(call, here, monkeypatch):
+    "On a machine that takes a second for a step: what is left out is said, with the command that takes it, and the rest is what is written."
+    def trained(seconds, *args):
+        monkeypatch.setattr(cli, "_seconds_a_call", lambda ddpm: seconds)
+        status, out, err = call(ddpm_train, "digits", *QUICK, "--overwrite", *args)
+        metrics = json.loads((here/"runs/digits/metrics.json").read_text())
+        assert (status, err) == (0, "")
+        return out, metrics["classifier"]["samples"]["images"], [metrics["bits_per_dim"][part]["images"] for part in ("train", "test")], metrics
+    reports = []
+    monkeypatch.setattr(cli, "report", lambda *args: reports.append(args) or quality.report(*args))
+    out, drawn, measured, whole = trained(1e-9)
+    assert (drawn, measured) == (64, [34, 34]) and "would take" not in out and "will take" not in out
+    [(ddpm, data, samples)] = reports
+    assert len(data.train) == 1437 and len(data.test) == 360 and torch.equal(samples, draw_samples(ddpm, 64))
+    direct = quality.report(ddpm, load_dataset("digits"), samples)
+    assert {k: whole[k] for k in direct} == direct                              # nothing cut: to the last bit
+    out, drawn, measured, _ = trained(1.)                                       # 64*4 + 34*8 seconds
+    assert (drawn, measured) == (24, [7, 7])
+    assert "64 samples would take about 4 minutes on this device; drawing 24 (--samples 64 draws them all)" in out
+    assert "measuring on 34 images of each part would take about 5 minutes; taking 7 (ddpm_evaluate runs/digits --images 34 --steps 8 takes them all)" in out
+    assert "that will take about 3 minutes" in out and "(7 images)" in out
+    out, drawn, measured, _ = trained(1., "--samples", 3)                       # asked for: 12 seconds
+    assert (drawn, measured) == (3, [21, 21]) and "samples would" not in out
+    out, drawn, measured, _ = trained(.31)                                      # 79 + 84 seconds: they fit
+    assert (drawn, measured) == (64, [34, 34]) and "that will take about 3 minutes" in out
+    assert "will take" not in call(ddpm_train, "digits", *QUICK, "--overwrite", "--quiet")[1]
+
+
+def test_evaluate_says_the_time_and_cuts_nothing(call, run, monkeypatch):
+    monkeypatch.setattr(measures, "_seconds_a_call", lambda ddpm: .5)
+    status, out, _ = call(ddpm_evaluate, run, "--images", 6, "--steps", 2, "--curve-images", 1)
+    said = re.search(r"^bits/dim of 6 training and 6 test images will take about (\d+) s$", out, re.M)
+    assert status == 0 and int(said[1]) == (6*3 + 6*3 + 4 + 16*4 + 6*3)/2       # the rows, the curve, the error of x_0-hat, the better variance
+    assert out.index(said[0]) < out.index("RMSE") and evaluated(run/"metrics.json")["test"]["n"] == 6
+    monkeypatch.setattr(measures, "_seconds_a_call", lambda ddpm: .1)
+    assert "will take" not in call(ddpm_evaluate, run, "--images", 6, "--steps", 2)[1]
+
+
+def test_a_step_is_timed_on_a_machine_whose_speed_is_known(monkeypatch):
+    "A network that takes 2 seconds for 8 images is asked twice, and not three times more."
+    now, ddpm, asked = [0.], DDPM.from_pretrained("digits"), []
+    def slow(net, args):
+        asked.append(len(args[0]))
+        now[0] += len(args[0])/4
+    monkeypatch.setattr(watch, "_clock", lambda: now[0])
+    hook = ddpm.model.register_forward_pre_hook(slow)
+    assert watch._seconds_a_call(ddpm) == pytest.approx(.25) and asked == [8, 8] and not ddpm.model.training
+    said = []
+    assert cli._how_many(ddpm, None, "--n", said.append) == 1 and "64 samples would take about 4 hours" in said[0]
+    hook.remove()
+
+
 def test_samples_as_a_tensor(call, here, finished):
     assert call(ddpm_sample, finished, "--n", 5, "--batch-size", 2, "--out", "x.safetensors")[0] == 0
     assert call(ddpm_sample, finished, "--n", 3, "--out", "y.safetensors")[0] == 0
@@ -870,6 +1012,72 @@ def test_ctrl_c_and_on(here):
     assert (here/"run/metrics.json").exists()
 
 
+def said_of_training(out):
+    "The lines about training in what a command printed: (step, steps, loss, seconds a step, what follows)."
+    return re.findall(r"^step (\d+) of (\d+): loss ([\d.]+), ([\d.e-]+) s a step, (.*)$", out, re.M)
+
+
+def test_lines_where_there_is_no_terminal(here):
+    "Behind a pipe: the first line of the log and the last, with their numbers, no carriage return; also of a run that goes on; --quiet: none."
+    p = forked("train", "digits", *QUICK, "--steps", "12", "--log-every", "3", "--samples", "0", "--out", "run")
+    rows = {row["step"]: row for row in read_log(here/"run")}
+    said = said_of_training(p.stdout)
+    assert p.returncode == 0 and "\r" not in p.stdout and p.stderr == ""
+    assert [int(s) for s, *_ in said] == ([3, 12] if rows[12]["seconds"] - rows[3]["seconds"] < 10 else [int(s) for s, *_ in said])
+    before = 0, 0.
+    for step, steps, loss, pace, rest in said:
+        row = rows[int(step)]
+        assert steps == "12" and loss == f"{row['loss']:.4f}"
+        assert float(pace) == pytest.approx((row["seconds"]-before[1])/(row["step"]-before[0]), rel=.01)
+        assert re.fullmatch(r"\d+ s in all" if step == steps else r"\d+ s left", rest)
+        before = row["step"], row["seconds"]
+    p = forked("train", "digits", "--resume", "--steps", "15", "--samples", "0", "--out", "run")
+    row = read_log(here/"run")[-1]
+    [(step, steps, loss, pace, _)] = said_of_training(p.stdout)
+    assert (step, steps, loss) == ("15", "15", f"{row['loss']:.4f}") and float(pace) == pytest.approx((row["seconds"]-before[1])/3, rel=.01)
+    p = forked("train", "digits", *QUICK, "--samples", "0", "--out", "other", "--quiet")
+    assert (p.returncode, p.stdout, p.stderr) == (0, "", "")
+
+
+class Watch:
+    "A clock that is ten hours later at each look."
+    now = 0.
+    def __call__(self):
+        self.now += 36_000
+        return self.now
+
+
+def test_lines_of_sampling_and_measuring(call, here, run, monkeypatch):
+    "By a clock on which all takes long: each step, each batch of images, how many there are, what is left; at a terminal and with --quiet none."
+    monkeypatch.setattr(watch, "_clock", Watch())
+    def go(*args):
+        status, out, err = call(*args)
+        assert status == 0
+        return re.findall(r"^(.+?): (\d+) of (\d+)(.*), (.+) (left|in all)$", out, re.M)
+    assert go(ddpm_sample, run, "--n", 3, "--batch-size", 2) == [("drawing 3 images", str(i), "8", " steps", f"{10*(8-i)} hours" if i < 8 else "80 hours", "left" if i < 8 else "in all")
+                                                               for i in range(1, 9)]
+    trained = go(ddpm_train, "digits", *QUICK, "--samples", 2)
+    assert [line[:4] for line in trained if "drawing" in line[0]] == [("drawing 2 samples", str(i), "4", " steps") for i in range(1, 5)]
+    assert [line[:4] for line in trained if line[0] == "measuring"] == [("measuring", str(i), "2", " calls of the network") for i in (1, 2)]
+    found = go(ddpm_evaluate, run, "--images", 600, "--steps", 2, "--curve-images", 1, "--quality", "--samples", 4)
+    of = {label: (unit, int(total)) for label, _, total, unit, *_ in found}
+    assert of["bits/dim, training images"] == (" images", 600) and of["bits/dim, test images"] == (" images", 360) and of["every step"] == (" images", 1)
+    assert of["error of x_0-hat"] == (" steps", 4) and "quality" in of and of["optimal variance"] == (" images", 360)
+    assert [d for label, d, *_ in found if label == "bits/dim, training images"] == ["170", "340", "510", "600"]      # 512 pairs at a time, 3 of an image
+    assert not go(ddpm_sample, run, "--n", 3, "--out", "quiet.png", "--quiet")
+    monkeypatch.setattr(watch, "_can_show_progress", lambda: True)
+    assert not go(ddpm_sample, run, "--n", 3, "--out", "bar.png")
+    monkeypatch.setattr(watch, "rank", lambda: 1)
+    assert watch._shown(False, print, "it") is False and watch._log_lines(False, print, 4, run, False)({"step": 4}) is None
+
+
+def test_lines_change_no_image(call, here, run, monkeypatch):
+    assert call(ddpm_sample, run, "--n", 3, "--out", "a.png")[0] == 0
+    monkeypatch.setattr(watch, "_clock", Watch())
+    assert call(ddpm_sample, run, "--n", 3, "--out", "b.png")[0] == 0
+    assert (here/"a.png").read_bytes() == (here/"b.png").read_bytes()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
 @pytest.mark.parametrize("where", ["full", "closed", "broken"])
 def test_training_outlives_its_output(where, here):
@@ -909,6 +1117,22 @@ def test_evaluate_adds_to_the_metrics_of_a_run(call, run):
     assert found["test"]["L_mid"] == pytest.approx(direct.L_mid.mean().item(), rel=1e-5)
     assert found["curve"]["rate"][-1] + found["test"]["L_0"] == pytest.approx(found["test"]["total"], rel=1e-5)
     assert len(found["curve"]["rate"]) == 4 and found["steps_per_image"] == 4
+
+
+def test_evaluate_says_of_each_number_what_it_was_made_of(call, run):
+    "Images and steps: of the rows, of the curve, which takes no more images than were asked for, and of the distances, which take all."
+    status, out, _ = call(ddpm_evaluate, run, "--images", 8, "--steps", 2, "--quality", "--samples", 4)
+    found = evaluated(run/"metrics.json")
+    assert status == 0 and "(8 images at every step)" in out
+    assert [(found[part]["n"], found[part]["steps_per_image"]) for part in ("train", "test")] == 2*[(8, 3)] and found["steps_per_image"] == 3
+    assert (found["curve"]["images"], found["curve"]["steps_per_image"]) == (8, 4)
+    assert (found["optimal"]["test"]["n"], found["optimal"]["test"]["steps_per_image"]) == (8, 3)
+    assert re.search(r"4 samples: digits-FID [\d.]+ from all 1437 training images \(the 360 test images: ", out)
+    call(ddpm_evaluate, run, "--images", 8, "--curve-images", 2)
+    assert evaluated(run/"metrics.json")["curve"]["images"] == 2
+    call(ddpm_evaluate, run, "--images", 8, "--exact")
+    found = evaluated(run/"metrics.json")
+    assert [found["steps_per_image"], found["test"]["steps_per_image"], found["curve"]["steps_per_image"], found["curve"]["images"]] == [4, 4, 4, 8]
 
 
 def test_evaluate_keeps_the_measured_error(call, run, here):

@@ -415,6 +415,15 @@ def test_a_resume_reads_the_checkpoint_once(tmp_path, data, monkeypatch):
     assert len(read) == 1
 
 
+def test_a_run_tells_each_line_of_its_log(tmp_path, data):
+    "And a run that goes on those of its own."
+    told = []
+    train(replace(TINY, steps=10), tmp_path, data=data, watch=told.append)
+    assert told == read_log(tmp_path) and [row["step"] for row in told] == [4, 6, 8, 10]
+    train(TINY, tmp_path, data=data, resume=True, watch=told.append)
+    assert told == read_log(tmp_path) and told[-1]["step"] == 24
+
+
 def test_torn_last_log_line(tmp_path, data, whole):
     train(replace(TINY, steps=12), tmp_path, data=data)
     with open(tmp_path/"log.jsonl", "a") as f: f.write('{"step": 14, "lo')
