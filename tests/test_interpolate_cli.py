@@ -215,7 +215,7 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing(call, here, monkeypatch):
     def full(*args, **kw): raise OSError(28, "No space left on device", "x.png")
     def stopped(*args, **kw): raise KeyboardInterrupt
     (here/"old.png").write_text("old")
-    for name, error, status in (("ddpm_nbdev.plot.write_whole", full, 1), ("ddpm_nbdev.interpolate_cli.interpolate", stopped, 130)):
+    for name, error, status in (("os.fsync", full, 1), ("ddpm_nbdev.interpolate_cli.interpolate", stopped, 130)):
         with monkeypatch.context() as m:
             m.setattr(name, error)
             assert call(ddpm_interpolate, "digits", 13, 20, *FAST, "--out", "old.png", "--overwrite")[0] == status
