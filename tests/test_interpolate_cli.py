@@ -247,3 +247,10 @@ def test_help(call):
     status, out, _ = call(ddpm_interpolate, "--help")
     assert status == 0 and "--t T [T ...]" in out and all(said in " ".join(out.split()) for said in (
         "two image files; or a data set and numbers of two images", "test images 13 and 20 (not the digits themselves)", "default: T/20, T/4, T/2 and T", "the images before --t"))
+
+
+def test_t_given_twice_is_two_rows(call, here):
+    "As with one option: the last one does not win."
+    assert call(ddpm_interpolate, "digits", 13, 20, *FAST, "--t", 250, "--t", 1000, "--out", "a.png", "--quiet") == (0, "", "")
+    assert call(ddpm_interpolate, "digits", 13, 20, *FAST, "--t", 250, 1000, "--out", "b.png", "--quiet") == (0, "", "")
+    assert (here/"a.png").read_bytes() == (here/"b.png").read_bytes() and tiles("a.png", 2, 5, 8, 8).shape[0] == 2
