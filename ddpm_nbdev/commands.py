@@ -87,9 +87,9 @@ def _make_parser(
         if name in rest: continue
         flags = [*['-o']*(name == 'out'), _flag(name)]
         if p.default is empty:
-            many = typing.get_origin(p.anno) is list            # list[str]: one or more
-            kw = dict(type=p.anno)
-            if many: kw = dict(type=_one_of_several(*typing.get_args(p.anno)), nargs='+')
+            kw, kinds = dict(type=p.anno), typing.get_args(p.anno)
+            if typing.get_origin(p.anno) is list:               # list[str]: one or more
+                kw = dict(type=_one_of_several(*kinds), nargs='+')
             parser.add_argument(name, help=p.docment, metavar=name.upper(), **kw)
         elif p.anno is bool:
             parser.add_argument(*flags, action='store_true', help=p.docment)
