@@ -37,8 +37,8 @@ from .ddpm import DDPM
 from .decoder import to_uint8
 from .files import WeightsError
 from .formats import _Progress
-from .models import (_calibrated, _data_of, _free_name, _load, _ours, _shipped_models,
-                               _tables_of)
+from .models import (_calibrated, _check_writable, _data_of, _free_name, _load,
+                               _ours, _shipped_models, _tables_of)
 from .progressive import compress, decompress, fingerprints, receive, send
 from .run import _can_show_progress, _save_samples
 from .sheets import _free_output, _grays, _keep, _numbered_folder, _to_pixels
@@ -254,14 +254,16 @@ def _decode(data, model, quiet):
     if images is None: images = to_uint8(preview, header.levels)
     return images, header, missing
 
-def _write_pictures(images, levels, out):
-    "000.png, 001.png, ... and sheet.png: all of them, or none."
+def _write_pictures(images, levels, out, overwrite, chosen):
+    "000.png, 001.png, ... and sheet.png: all of them, or none. The folder they are in."
     new = _numbered_folder(out, images, levels, digits=3)
     try:
         _save_samples(images, new/'sheet.png', levels)
-        if not out.exists(): return new.rename(out.resolve())
+        if not overwrite or not out.exists():
+            return _keep(out, {}, chosen=chosen, folder=new)
         for file in sorted(new.iterdir()): os.replace(file, out/file.name)
         new.rmdir()
+        return out
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -281,15 +283,16 @@ def ddpm_decompress(
     if bytes is not None and bytes < 1:
         raise ConfigError(f"bytes must be at least 1, got {bytes}")
     start, say = time.perf_counter(), _printer(quiet)
-    out = Path(out) if out else Path(Path(file).stem)
+    out, chosen = Path(out or Path(file).stem), bool(out)
     with open(file, 'rb') as f: data = f.read(-1 if bytes is None else bytes)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose a folder with --out")
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, or --overwrite it")
+    _check_writable(out)
     try: images, header, missing = _decode(data, model, quiet)
     except CodecError as e: raise CodecError(f"{file}: {e}") from e
-    _write_pictures(images, header.levels, out)
+    out = _write_pictures(images, header.levels, out, overwrite, chosen)
     if missing:
         whole = len(data) + missing
         say(f"note: {len(data):,} of {whole:,} bytes are there "

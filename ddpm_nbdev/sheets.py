@@ -146,7 +146,7 @@ def _largest_scale(n, shape, ncol, frames=1):
     "Of a grid; 0 if it has too many pixels as it is."
     c, h, w = shape
     w *= 1 if c in (1, 3) else c
-    ncol = min(ncol or math.ceil(math.sqrt(n)), n)
+    ncol = min(ncol or math.isqrt(n-1)+1, n)
     pixels = (-(-n//ncol)*(h+1)-1)*(ncol*(w+1)-1)
     return math.isqrt(_MOST_PIXELS//(pixels*frames))
 
@@ -162,7 +162,8 @@ def _fit_scale(
     "How much a grid is enlarged. ConfigError if it is too large, with what would fit."
     (_, h, w), largest = shape, grid(count)
     if largest >= (scale or 1): return scale or min(_visible_scale(max(h, w)), largest)
-    few = bisect_left(range(1, count), True, key=lambda m: not grid(m))
+    some = range(1, min(count, 2**53))                  # as many as there are, or more
+    few = bisect_left(some, True, key=lambda m: not grid(m))
     fits = '--scale 1 and '*bool(scale) + f"{option} {few}{rest}"
     if largest: fits = f"--scale {largest}"
     raise ConfigError(f"{words}, each image of {h*(scale or 1)}x{w*(scale or 1)} "

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from ddpm_nbdev import cli, codec_cli, interpolate_cli, sheets
 from ddpm_nbdev.cli import ddpm_sample
-from ddpm_nbdev.codec_cli import ddpm_compress
+from ddpm_nbdev.codec_cli import ddpm_compress, ddpm_decompress
 from ddpm_nbdev.ddpm import draw_samples
 from ddpm_nbdev.interpolate_cli import ddpm_interpolate
 from ddpm_nbdev.plot import save_images
@@ -188,7 +188,7 @@ def test_mp4_without_an_encoder(call, here, sampling, monkeypatch):
     (["--out", "a.safetensors", "--ncol", 3], 2, "a .safetensors file is none"), (["--out", "a.safetensors", "--scale", 3], 2, "--scale is for pictures"),
     (["--scale", 0], 2, "scale must be at least 1, got 0"), (["--ncol", -1], 2, "ncol must be at least 1, got -1"), (["--n", 4, "--scale", 10_000], 2, "4 images in one picture, each image of 80000x80000 pixels, would have more than 100 million pixels: --scale 588 would fit"),
     (["--each", "--scale", 10_000], 2, "one file, each image of 80000x80000 pixels, would have more than 100 million pixels: --scale 1250 would fit"), (["--n", 10**9], 2, "--n 1234321 (or all of them with --each, or in a .safetensors file) would fit"),
-    (["--n", 10**9, "--scale", 5], 2, "--scale 1 and --n 1234321 (or"), (["--each", "--gif", "--n", 1, "--scale", 600], 2, "5 frames of a film, each image of 4800x4800 pixels, would have more than 100 million pixels: --scale 559 would fit"), (["--out", "new"], 2, "(or, with --each, of a folder), got new"),
+    (["--n", 10**400], 2, "--n 1234321 (or"), (["--n", 10**9, "--scale", 5], 2, "--scale 1 and --n 1234321 (or"), (["--each", "--gif", "--n", 1, "--scale", 600], 2, "5 frames of a film, each image of 4800x4800 pixels, would have more than 100 million pixels: --scale 559 would fit"), (["--out", "new"], 2, "(or, with --each, of a folder), got new"),
     (["--n", 10**15, "--out", "a.safetensors"], 1, "GB are free there: --n"), (["--each", "--out", "file"], 1, "file is a file"), (["--out", "file/a.png"], 1, "file is a file, not a folder"),
     (["--each", "--out", "full"], 1, "full is not empty"), (["--each", "--out", "full", "--overwrite"], 1, "full holds more than numbered pictures, such as mine.txt"),
     (["--each", "--out", ".", "--overwrite"], 1, "holds the current folder"), (["--out", "dir.png", "--overwrite"], 1, "dir.png is a folder"), (["--out", "x"*250 + ".png"], 1, "cannot be written (File name too long)"),
@@ -291,6 +291,18 @@ def test_two_commands_on_one_name_lose_nothing(command, module, function, args, 
     assert status == 1 and err.count("\n") == 1 and f"{file.name} is there by now, from another program, and stays; what was made here is in {name}_" in err
     assert file.read_bytes() == b"theirs" and len(contents(here)) == (2 if end == ".safetensors" else 3)
     assert call(command, *args, "--out", file.name, "--overwrite")[0] == 0 and file.read_bytes() != b"theirs"
+
+
+def test_a_folder_that_appears_meanwhile_stays(call, here, monkeypatch):
+    "Of unpacked files, too."
+    assert call(ddpm_compress, "digits", "--images", 2, "--steps", 2, "--out", "x.ddpm", "--quiet")[0] == 0
+    meanwhile(monkeypatch, codec_cli, "_decode", here/"x/000.png")
+    status, out, err = call(ddpm_decompress, "x.ddpm")
+    assert (status, err) == (0, "") and out.endswith("sheet.png into x_2\n") and sorted(os.listdir("x_2")) == ["000.png", "001.png", "sheet.png"]
+    shutil.rmtree("x")
+    failed(call(ddpm_decompress, "x.ddpm", "--out", "x", "--quiet"), 1, "x is there by now, from another program, and stays; what was made here is in x_3")
+    assert os.listdir("x") == ["000.png"] and len(os.listdir("x_3")) == 3
+    failed(call(ddpm_decompress, "x.ddpm", "--out", "x.ddpm/y"), 1, "x.ddpm/y: cannot be written (", "is a file, not a folder")
 
 
 def test_files_of_one_command_keep_one_name(call, here, monkeypatch):
