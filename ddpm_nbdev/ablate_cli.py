@@ -13,30 +13,21 @@ from .start import _answer_ctrl_c
 if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.ablate_cli')    # while the rest is read
 
 # %% ../nbs/20c_ablate_cli.ipynb #6dfb9566
-from functools import wraps
 from pathlib import Path
+from typing import NewType
 
 from .ablation import ablate, markdown_table
-from .commands import _check_options, _make_parser, _printer, _run
+from .commands import _check_options, _printer, command
 
 # %% ../nbs/20c_ablate_cli.ipynb #5a12f207
-def _with_several_cells(func):
-    "As `command` does; the option for the parameter `only` takes one name or more."
-    @wraps(func)
-    def run(*args, **kwargs):
-        if args or kwargs: return func(*args, **kwargs)
-        parser = _make_parser(func)
-        option = next(a for a in parser._actions if a.dest == 'only')
-        option.type, option.nargs, option.metavar = str, '+', 'CELL'
-        return _run(func, parser, parser.prog)
-    return run
+_Cell = NewType('Cell', str)  # of a table, by name
 
-@_with_several_cells
+@command
 def ddpm_ablate(
     dataset:str,              # digits or fashion_mnist
     out:str='ablation',       # folder of the table (default: ablation)
     table:str='objectives',   # objectives (Table 2, default) or schedules (App. B)
-    only:list[str]=None,      # only these cells, such as eps-simple-beta (default: all)
+    only:list[_Cell]=None,    # only these cells, such as eps-simple-beta (default: all)
     steps:int=900,            # updates of each training (default 900)
     seeds:int=2,              # trainings of each cell, with seeds 0, 1, ... (default 2)
     T:int=1000,               # steps of the diffusion (default 1000)

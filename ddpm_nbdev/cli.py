@@ -21,14 +21,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import save as safetensors_bytes
 
 from . import quality
 from .commands import (_check_options, _choose_device, _printer, _run_by_name,
                                  command)
 from .data import Dataset, epoch_order
 from .ddpm import DDPM, draw_samples
-from .files import read_json, write_json, write_whole
+from .files import read_json, write_json
 from .likelihood import even_steps, evaluate_bits_per_dim, rate_distortion, stride
 from .machines import PRECISIONS, LowPrecision, join_processes, my_share, rank
 from .measures import (_check_quality, _find, _foretell, _rmse, _steps_per_image,
@@ -42,6 +41,7 @@ from .runs import (_announce, _begins_with, _check_call, _check_shape,
                              _plan_training, _settings_for, _settings_in,
                              _share_of_the_start)
 from .saved import _mse_to_config, checkpoint_header, current_weights
+from .sheets import _ask, _fit, _Moments, _write_samples
 from .train import ConfigError, TrainConfig
 from .watch import (_all_like_ctrl_c, _board, _duration, _each_call, _how_many,
                               _log_lines, _say_time, _seconds_a_call, _share_patience, _shown,
@@ -223,19 +223,6 @@ def ddpm_train(
     return metrics
 
 # %% ../nbs/20_cli.ipynb #13b9fc4d
-def _output_of_sampling(what, out, steps_shown, overwrite):
-    "Where the samples go, or an error if something is there."
-    if steps_shown < 0 or steps_shown == 1:
-        raise ConfigError(f"steps-shown must be 0 or at least 2, got {steps_shown}")
-    if out and Path(out).suffix.lower() not in ('.png', '.safetensors'):
-        raise ConfigError("out must be the name of a .png or .safetensors file, "
-                          f"got {out}")
-    out = Path(out) if out else _free_name(what)
-    for path in [out, _chain_name(out)] if steps_shown else [out]:
-        if path.exists() and not overwrite:
-            raise ValueError(f"{path} exists: choose another --out, or --overwrite it")
-    return out
-
 _CHOSEN = 'beta', 'beta_tilde', 'optimal'    # variances that need no other network
 
 def _chain_of_sampling(
@@ -257,6 +244,14 @@ def _chain_of_sampling(
     return stride(ddpm, kept), [0, *kept]
 
 # %% ../nbs/20_cli.ipynb #67e9543c
+def _wrote(plan, out, n, kept): # a line for each file
+    times = ' '.join(str(kept[m]) for m in reversed(plan.moments))
+    yield f"wrote {n} PNG file{'s'*(n != 1)} into {out}" if plan.asked.each else (
+        f"wrote {out}")
+    if plan.asked.shown: yield f"wrote {_chain_name(out)}, t = {times}"
+    for end in plan.asked.films:
+        yield f"wrote {_chain_name(out, end)}, {len(plan.moments)} frames"
+
 @command
 def ddpm_sample(
     what:str,              # a run, checkpoint, diffusers model, digits, fashion_mnist
@@ -266,21 +261,27 @@ def ddpm_sample(
     variance:str=None,     # of a step: beta, beta_tilde, optimal (default: the model's)
     raw:bool=False,        # the weights of a run's checkpoint, not their average
     steps_shown:int=0,     # draw also the way from noise to image, at so many moments
+    gif:bool=False,        # a film of that way (of 50 moments, or --steps-shown)
+    mp4:bool=False,        # the same, smaller, where there is ffmpeg
+    ncol:int=None,         # images a row (default: as many as rows)
+    scale:int=None,        # a pixel becomes so many wide (default: by the size)
+    each:bool=False,       # one file an image, 0.png, 1.png, ..., in a folder
     batch_size:int=256,    # images at a time; no image depends on it (default 256)
     precision:str='float32', # float32 (default), or bfloat16 (for hardware made for it)
-    out:str=None,          # a .png, or .safetensors (default: a free name here)
-    overwrite:bool=False,  # replace the file if it exists
+    out:str=None,          # .png, .safetensors, a folder (default: a free name here)
+    overwrite:bool=False,  # replace the files, or a folder of numbered pictures
     device:str=None,       # cpu, cuda, cuda:1, mps, ... (default: a GPU, if any)
     quiet:bool=False,      # print nothing but errors
-)->Path:                   # the file
+)->Path:                   # the file, or the folder
     """Draw images from a trained model: the folder of a run, one of its checkpoints, a
     folder from diffusers or its name on the hub, or a model that ships with the
     package. A .safetensors file holds them as one uint8 tensor. Under torchrun, each
     process draws its share."""
-    _check_options(seed, precision, n=n, batch_size=batch_size, steps_used=steps_used)
+    _check_options(seed, precision, n=n, batch_size=batch_size, steps_used=steps_used,
+                   ncol=ncol, scale=scale)
     if variance not in (None, *_CHOSEN):
         raise ConfigError(f"unknown variance {variance!r}; known: {', '.join(_CHOSEN)}")
-    out = _output_of_sampling(what, out, steps_shown, overwrite)
+    asked = _ask(what, out, overwrite, steps_shown, each, ncol, scale, gif, mp4)
     join_processes()
     find, say = _raw_model if raw else find_model, _printer(quiet)
     ddpm = find(what, _choose_device(device))
@@ -288,27 +289,15 @@ def ddpm_sample(
         ddpm = replace(ddpm, model=LowPrecision(ddpm.model, PRECISIONS[precision]))
     ddpm, kept = _chain_of_sampling(ddpm, steps_used, variance)
     K, n = ddpm.sched.T, _how_many(ddpm, n, '--n', say)
-    if steps_shown > K+1:
-        raise ValueError(f"the chain of this model has {K+1} moments, {steps_shown} "
-                         "cannot be shown")
-    moments = [round(K*i/(steps_shown-1)) for i in range(steps_shown)]
-    shown, start = [], time.perf_counter()
-    watch = lambda t, x: shown.append(x[:8].cpu()) if t in moments else None
-    out.parent.mkdir(parents=True, exist_ok=True)
-    progress = _shown(quiet, say, f"drawing {n} images", 'steps')
+    plan, start = _fit(asked, n, ddpm.shape, K), time.perf_counter()
+    watch, progress = _Moments(plan), _shown(quiet, say, f"drawing {n} images", 'steps')
     samples = draw_samples(ddpm, n, seed, batch_size, progress, watch)
-    if rank(): return out
-    if out.suffix.lower() == '.png': _save_samples(samples, out, ddpm.levels)
-    else: write_whole(out, safetensors_bytes({'images': samples}))
+    if rank(): return asked.out
+    out = _write_samples(plan, samples, watch.kept, ddpm.levels)
     seconds = time.perf_counter()-start
     used = f"{K} of {kept[-1]}" if K < kept[-1] else K
     say(f"{n} sample{'s'*(n != 1)} of {what}, {used} steps, in {seconds:.1f} s")
-    say(f"wrote {out}")
-    if shown:
-        chain = torch.stack(shown, 1).flatten(0, 1)
-        _save_samples(chain, _chain_name(out), ddpm.levels, ncol=steps_shown)
-        times = ' '.join(str(kept[m]) for m in reversed(moments))
-        say(f"wrote {_chain_name(out)}, t = {times}")
+    say('\n'.join(_wrote(plan, out, n, kept)))
     return out
 
 # %% ../nbs/20_cli.ipynb #3070c830

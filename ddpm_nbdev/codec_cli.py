@@ -18,7 +18,6 @@ import math
 import os
 import shutil
 import time
-import uuid
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -36,25 +35,17 @@ from .container import describe, unpack
 from .data import DATASETS
 from .ddpm import DDPM
 from .decoder import to_uint8
-from .files import WeightsError, write_whole
+from .files import WeightsError
 from .formats import _Progress
-from .models import (_calibrated, _data_of, _free_name, _load, _ours, _shipped_models,
-                               _tables_of)
+from .models import (_calibrated, _check_writable, _data_of, _free_name, _load,
+                               _ours, _shipped_models, _tables_of)
 from .progressive import compress, decompress, fingerprints, receive, send
 from .run import _can_show_progress, _save_samples
+from .sheets import _free_output, _grays, _keep, _numbered_folder, _to_pixels
 from .train import ConfigError
 from .watch import _Lines
 
 # %% ../nbs/20a_codec_cli.ipynb #154925e3
-def _grays(levels):
-    "What the levels 0..levels-1 are in an image file, `(levels,)` uint8."
-    return np.rint(np.arange(levels)*255/(levels-1)).astype(np.uint8)
-
-def _to_pixels(images, levels):
-    "Levels `(n, c, h, w)` as what files hold, uint8 `(n, h, w)` or `(n, h, w, 3)`."
-    pixels = _grays(levels)[images.numpy()]
-    return pixels[:, 0] if images.shape[1] == 1 else pixels.transpose(0, 2, 3, 1)
-
 def _open_exactly(path, shape):
     "The gray values of an image file, `(c, h, w)`, if it has that shape."
     c, h, w = shape
@@ -154,12 +145,6 @@ def _megabytes(ddpm):
     tables = [getattr(ddpm.calibration, f.name) for f in fields(ddpm.calibration)]
     return 4e-6*sum(v.numel() for v in [*ddpm.model.state_dict().values(), *tables])
 
-def _free_output(out, overwrite):
-    "ValueError if something stands where a file is to be written."
-    if out.is_dir(): raise ValueError(f"{out} is a folder: choose another --out")
-    if out.exists() and not overwrite:
-        raise ValueError(f"{out} exists: choose another --out, or --overwrite it")
-
 def _info(paths, say):
     "What compressed files say of themselves."
     for path in paths:
@@ -218,7 +203,7 @@ def ddpm_compress(
     model, start = _model_name(model, data), time.perf_counter()
     name = Path(what[0]).stem if len(what) == 1 else 'images'
     name = data.rpartition(':')[2] if data else name
-    out = Path(out) if out else _free_name(name, '', '.ddpm')
+    out, chosen = Path(out) if out else _free_name(name, '', '.ddpm'), bool(out)
     _free_output(out, overwrite)
     plain = _load(model, 'cpu')
     x = _chosen_images(what, data, plain, model, split, data_dir)[:images]
@@ -230,8 +215,7 @@ def ddpm_compress(
         say(f"note: images of {data} are cut and scaled to {shape}, as for training; "
             "what is kept without loss is that")
     file = _encode(ddpm, x, progressive, steps, lanes, seed, quiet)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(out, file)
+    out = _keep(out, {'': file}, overwrite, chosen)
     say(f"{len(x)} image{'s'*(len(x) != 1)} of {shape}, {ddpm.levels} levels, in "
         f"{time.perf_counter()-start:.1f} s; wrote {out}")
     if not quiet: say('\n'.join(_compared(x, ddpm.levels, len(file))))
@@ -271,19 +255,16 @@ def _decode(data, model, quiet):
     if images is None: images = to_uint8(preview, header.levels)
     return images, header, missing
 
-def _write_pictures(images, levels, out):
-    "000.png, 001.png, ... and sheet.png: all of them, or none."
-    new = out.resolve()
-    new = new.with_name(f'{new.name}.{uuid.uuid4().hex[:12]}.tmp')
-    new.mkdir(parents=True)
+def _write_pictures(images, levels, out, overwrite, chosen):
+    "000.png, 001.png, ... and sheet.png: all of them, or none. The folder they are in."
+    new = _numbered_folder(out, images, levels, digits=3)
     try:
-        digits = max(3, len(str(len(images)-1)))
-        for i, pixels in enumerate(_to_pixels(images, levels)):
-            Image.fromarray(pixels).save(new/f'{i:0{digits}}.png')
         _save_samples(images, new/'sheet.png', levels)
-        if not out.exists(): return new.rename(out.resolve())
+        if not overwrite or not out.exists():
+            return _keep(out, {}, chosen=chosen, folder=new)
         for file in sorted(new.iterdir()): os.replace(file, out/file.name)
         new.rmdir()
+        return out
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
@@ -303,15 +284,16 @@ def ddpm_decompress(
     if bytes is not None and bytes < 1:
         raise ConfigError(f"bytes must be at least 1, got {bytes}")
     start, say = time.perf_counter(), _printer(quiet)
-    out = Path(out) if out else Path(Path(file).stem)
+    out, chosen = Path(out or Path(file).stem), bool(out)
     with open(file, 'rb') as f: data = f.read(-1 if bytes is None else bytes)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose a folder with --out")
     if not overwrite and out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: choose another --out, or --overwrite it")
+    _check_writable(out)
     try: images, header, missing = _decode(data, model, quiet)
     except CodecError as e: raise CodecError(f"{file}: {e}") from e
-    _write_pictures(images, header.levels, out)
+    out = _write_pictures(images, header.levels, out, overwrite, chosen)
     if missing:
         whole = len(data) + missing
         say(f"note: {len(data):,} of {whole:,} bytes are there "

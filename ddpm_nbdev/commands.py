@@ -58,6 +58,20 @@ def _add_setting(
                                   (_flag('no_'+name), False, f"not {_flag(name)}")):
             group.add_argument(flag, action='store_const', const=value, help=text, **kw)
 
+def _one_of_several(
+    kind,        # of each value: int, float or str
+    hint:str='', # what a word may be that is no number
+)->Callable:     # from a word to a value
+    "A type for argparse whose error tells what was likely meant."
+    def read(word):
+        try: return kind(word)
+        except ValueError: said = f"{word!r} is not a {'whole '*(kind is int)}number"
+        if re.fullmatch(r'[-+.\d]+(,[-+.\d]*)+', word):
+            said += f": separate the values by spaces, {word.replace(',', ' ').strip()}"
+        elif not re.match('[-+]?[.0-9]+$', word): said += hint
+        raise argparse.ArgumentTypeError(said)
+    return read
+
 def _make_parser(
     func,             # its parameters become options, its docstring the description
     settings=None,    # a dataclass, whose fields `func` takes as `**settings`
@@ -73,12 +87,20 @@ def _make_parser(
         if name in rest: continue
         flags = [*['-o']*(name == 'out'), _flag(name)]
         if p.default is empty:
-            many = typing.get_origin(p.anno) is list            # list[str]: one or more
-            kw = dict(type=typing.get_args(p.anno)[0], nargs='+') if many \
-                 else dict(type=p.anno)
+            kw, kinds = dict(type=p.anno), typing.get_args(p.anno)
+            if typing.get_origin(p.anno) is list:               # list[str]: one or more
+                kw = dict(type=_one_of_several(*kinds), nargs='+')
             parser.add_argument(name, help=p.docment, metavar=name.upper(), **kw)
         elif p.anno is bool:
             parser.add_argument(*flags, action='store_true', help=p.docment)
+        elif typing.get_origin(p.anno) is list:
+            kind, = typing.get_args(p.anno)
+            before = [a.metavar for a in parser._actions if not a.option_strings]
+            hint = f"; {before[0]} comes before {flags[-1]}" if before else ''
+            own = isinstance(kind, typing.NewType)             # it says what a value is
+            parser.add_argument(*flags, type=_one_of_several(kind, hint), nargs='+',
+                                action='extend', default=p.default, help=p.docment,
+                                metavar=(kind.__name__ if own else name).upper())
         else:
             parser.add_argument(*flags, type=p.anno, default=p.default,
                                 help=p.docment, metavar=p.anno.__name__.upper())

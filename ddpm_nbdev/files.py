@@ -14,6 +14,7 @@ import re
 import reprlib
 import uuid
 from collections.abc import Callable
+from errno import EEXIST
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,23 +22,58 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 # %% ../nbs/00_files.ipynb #51fb785c
+def _name_beside(path:Path)->Path:
+    "A name in the same folder that belongs to this one call."
+    return path.with_name(f'{path.name}.{uuid.uuid4().hex[:12]}.tmp')
+
+def _appear(tmp, path):
+    "Put a file under a name that is free. FileExistsError if it is not, or no longer."
+    try: os.link(tmp, path)          # looks and writes in one step; a rename does not
+    except OSError as e:
+        if isinstance(e, FileExistsError) or path.exists():
+            raise FileExistsError(EEXIST, "File exists", str(path)) from e
+        os.replace(tmp, path)        # a file system on which no file has two names
+
+def _write_together(
+    files:dict,     # path -> bytes
+    new:bool=False, # FileExistsError if one of the names is taken: none is written then
+):
+    "Write files, each whole; none appears before all of them are on the disk."
+    beside, undo = {Path(path): _name_beside(Path(path)) for path in files}, {}
+    try:
+        for (path, tmp), data in zip(beside.items(), files.values()):
+            with open(tmp, 'xb') as f:
+                f.write(data)
+                f.flush()
+                os.fsync(f.fileno())
+        for path, tmp in beside.items():
+            there = not new and os.path.lexists(path)
+            if there and len(files) > 1 and (old := _second_name(path)):
+                undo[path] = old
+            (_appear if new else os.replace)(tmp, path)
+            if not there: undo[path] = None
+    except BaseException as e:
+        for file, old in undo.items():
+            if old: os.replace(old, file)
+            else: file.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.filename is None: e.filename = str(path)
+        raise
+    finally:
+        for tmp in (*beside.values(), *filter(None, undo.values())):
+            tmp.unlink(missing_ok=True)
+
+def _second_name(path):
+    "Another name of a file, under which it outlives what takes its place; or None."
+    try: os.link(path, old := _name_beside(path))
+    except OSError: return None       # there is no file, or none can have two names
+    return old
+
 def write_whole(
     path:str|Path, # the file
     data:bytes,    # its contents
 ):
     "Write a file so that under its name there is always a whole one: old or new."
-    path = Path(path)
-    tmp = path.with_name(f'{path.name}.{uuid.uuid4().hex[:12]}.tmp')
-    try:
-        with open(tmp, 'xb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    except BaseException as e:
-        tmp.unlink(missing_ok=True)
-        if isinstance(e, OSError) and e.filename is None: e.filename = str(path)
-        raise
+    _write_together({path: data})
 
 def _not_finite(
     obj,         # what JSON should hold

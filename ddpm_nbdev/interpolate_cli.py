@@ -13,13 +13,10 @@ from .start import _answer_ctrl_c
 if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.interpolate_cli')    # while the rest is read
 
 # %% ../nbs/20b_interpolate_cli.ipynb #75c05ef8
-import os
 import re
 import time
-from argparse import ArgumentTypeError
-from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 
 import torch
@@ -27,15 +24,16 @@ from fastprogress.fastprogress import progress_bar
 from torch import Tensor
 
 from .cli import _CHOSEN, _chain_of_sampling
-from .codec_cli import _chosen_images, _data_name, _free_output, _model_name
-from .commands import _check_options, _choose_device, _make_parser, _printer, _run
+from .codec_cli import _chosen_images, _data_name, _model_name
+from .commands import _check_options, _choose_device, _printer, command
 from .ddpm import DDPM
 from .decoder import to_model_range, to_uint8
 from .interpolate import _MIXES, _NOISES, interpolate
 from .likelihood import stride
 from .models import _free_name, find_model
-from .plot import save_images
+from .plot import _grid_png
 from .run import _can_show_progress
+from .sheets import _MOST_PIXELS, _free_output, _keep
 from .train import ConfigError
 from .watch import _each_call, _Lines
 
@@ -115,26 +113,6 @@ def _rows(
     return torch.cat(rows)
 
 # %% ../nbs/20b_interpolate_cli.ipynb #b06ca8ba
-def _whole_number(word):
-    "A value of --t, an int. ArgumentTypeError that tells what was likely meant."
-    if re.fullmatch('[+-]?[0-9]+', word): return int(word)
-    said = f"{word!r} is not a whole number"
-    if re.fullmatch('[0-9]+(,[0-9]*)+', word):
-        said += ": separate the values by spaces, " + ' '.join(word.split(',')).strip()
-    elif not re.match('[+-]?[.0-9]+$', word): said += "; WHAT comes before --t"
-    raise ArgumentTypeError(said)
-
-def _with_several_t(func):
-    "As `command` does; the option for the parameter `t` takes one number or more."
-    @wraps(func)
-    def run(*args, **kwargs):
-        if args or kwargs: return func(*args, **kwargs)
-        parser = _make_parser(func)
-        option = next(a for a in parser._actions if a.dest == 't')
-        option.type, option.nargs, option.metavar = _whole_number, '+', 'T'
-        return _run(func, parser, parser.prog)
-    return run
-
 def _check_steps(t):
     "ConfigError unless t is None or a list of one or more whole numbers from 0 on."
     if t is not None and (not len(t) or any(s != int(s) for s in t)):
@@ -154,14 +132,6 @@ def _check_output(out, overwrite):
     _free_output(out, overwrite)
     if out.suffix.lower() != '.png':
         raise ConfigError(f"out must be the name of a .png file, got {out}")
-    try: above = next(p for p in out.resolve().parents if p.exists())
-    except (OSError, RuntimeError) as e:            # a loop of links, a name too long
-        raise ValueError(f"{out} cannot be written: {e}") from e
-    if not above.is_dir(): raise ValueError(f"{above} is a file, not a folder")
-    if not os.access(above, os.W_OK | os.X_OK):
-        raise ValueError(f"nothing can be written into {above}: choose another --out")
-
-_MOST_PIXELS = 100_000_000  # in the picture
 
 def _check_size(n, rows, side, scale):
     "ConfigError if the picture would have too many pixels."
@@ -171,7 +141,7 @@ def _check_size(n, rows, side, scale):
                           f"are too many ({pixels:.1e} pixels, at most "
                           f"{_MOST_PIXELS:.0e}): lower --n or --scale")
 
-@_with_several_t
+@command
 def ddpm_interpolate(
     what:list[str],         # two image files; or a data set and numbers of two images
     model:str=None,         # a run or a shipped model (default: the data set's)
@@ -212,7 +182,7 @@ def ddpm_interpolate(
     (data, two), say = _ends(what), _printer(quiet)
     model, start = _model_name(model, data), time.perf_counter()
     name = data.rpartition(':')[2] if data else Path(two[0]).stem
-    out = Path(out) if out else _free_name(name, 'interpolation')
+    out, chosen = Path(out) if out else _free_name(name, 'interpolation'), bool(out)
     _check_output(out, overwrite)
     ddpm = find_model(model, _choose_device(device))
     t = _steps_asked(t, ddpm.sched.T)
@@ -224,8 +194,8 @@ def ddpm_interpolate(
     watched = _can_show_progress() or _Lines(say, 'interpolating')
     rows = _rows(ddpm, ends, places, n, seed, dict(noise=noise, mix=mix),
                  watched if not quiet else False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_images(rows, out, n+2, scale, ddpm.levels)
+    picture = _grid_png(rows, n+2, scale, ddpm.levels)
+    out = _keep(out, {'': picture}, overwrite, chosen)
     used = f"{len(kept)} of {kept[-1]}" if len(kept) < kept[-1] else len(kept)
     ends = f"{data}: {two[0]} to {two[1]}" if data else f"{two[0]} to {two[1]}"
     say(f"{ends}, {n} lambdas, t = {' '.join(map(str, t))}, {used} steps of {model}, "

@@ -6,6 +6,7 @@
 __all__ = ['find_model']
 
 # %% ../nbs/19b_models.ipynb #69a67e02
+import os
 import tempfile
 from collections.abc import Callable
 from importlib.resources import files
@@ -148,17 +149,30 @@ def _free_name(
     suffix:str='.png',      # its ending
 )->Path:                    # in the current folder; neither it nor its chain exists
     "digits_samples.png, digits_samples_2.png, ..."
-    stem, i = f"{Path(what).resolve().name}_{kind}".removesuffix('_'), 1
-    while True:
-        path = Path(f"{stem}_{i}{suffix}" if i > 1 else f"{stem}{suffix}")
-        if not path.exists() and not _chain_name(path).exists(): return path
-        i += 1
+    stem = f"{Path(what).resolve().name}_{kind}".removesuffix('_')
+    return _free_beside(Path(f"{stem}{suffix}"))
+
+_ENDINGS = '.png', '.safetensors', '.ddpm', '.json'  # other dots belong to a folder
+_CHAINS = '.png', '.gif', '.mp4'
+
+def _stem(path): return path.stem if path.suffix.lower() in _ENDINGS else path.name
 
 def _chain_name(
-    path:Path,  # of the samples
+    path:Path,     # of the samples
+    end:str='.png' # of `_CHAINS`: a picture, or a film
 )->Path:
-    "Where the picture of the chain goes."
-    return path.with_name(path.stem + '_chain.png')
+    "Where the chain goes."
+    return path.with_name(f'{_stem(path)}_chain{end}')
+
+def _free_beside(
+    path:Path,  # a file or a folder
+)->Path:
+    "The path, or that with _2, _3, ...: neither it nor its chain exists."
+    stem, i, free = _stem(path), 1, path
+    while any(map(os.path.lexists, (free, *(_chain_name(free, e) for e in _CHAINS)))):
+        i += 1
+        free = path.with_name(f"{stem}_{i}{path.name.removeprefix(stem)}")
+    return free
 
 # %% ../nbs/19b_models.ipynb #c1d20a62
 def _metrics_file(
@@ -171,12 +185,22 @@ def _metrics_file(
         _free_name(what, 'metrics', '.json'))
     if read_metrics(path) is None:
         raise ValueError(f"{path} is not a file of metrics: choose another --out")
+    _check_writable(path)
+    return path
+
+def _check_writable(
+    path:Path,  # a file or a folder to come
+):
+    "ValueError if it cannot be written; nothing is left there, and no folder is made."
     try:                       # a file that is gone at once, with a name as long as the
         folder = next(p for p in path.absolute().parents if p.exists()) # one to come
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=path.name,
-                                         suffix='.writable'): pass
+        if folder.is_dir():
+            with tempfile.NamedTemporaryFile(dir=folder, prefix=path.name,
+                                             suffix='.writable'): pass
     except OSError as e: raise _cannot_write(path, e) from e
-    return path
+    if not folder.is_dir():
+        raise ValueError(f"{path}: cannot be written ({folder} is a file, not a "
+                         "folder)")
 
 def _cannot_write(path, e): # an error that names the file, and not a temporary one
     return ValueError(f"{path}: cannot be written ({e.strerror or e})")

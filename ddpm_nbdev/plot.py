@@ -67,11 +67,28 @@ def save_images(
     levels:int=256,     # gray levels of a uint8 input
 )->Path:                # the path written
     "Write a grid of images as a PNG."
-    grid = image_grid(x, ncol, levels=levels).repeat(scale, 0).repeat(scale, 1)
-    png = io.BytesIO()
-    Image.fromarray(grid).save(png, format='PNG')
-    write_whole(path, png.getvalue())
+    write_whole(path, _grid_png(x, ncol, scale, levels))
     return Path(path)
+
+def _enlarged_grid(x, ncol, scale, levels): # as for `save_images`
+    return image_grid(x, ncol, levels=levels).repeat(scale, 0).repeat(scale, 1)
+
+def _grid_png(x, ncol, scale, levels):      # the bytes that `save_images` writes
+    png = io.BytesIO()
+    Image.fromarray(_enlarged_grid(x, ncol, scale, levels)).save(png, format='PNG')
+    return png.getvalue()
+
+def _visible_scale(
+    side:int, # of an image, the longer one, in pixels
+)->int:       # 1 from 64 pixels on
+    "So many times as large an image can be seen: 64 pixels, but at most fourfold."
+    return min(4, -(-64//side))
+
+def _in_gray_or_color(
+    x:Tensor, # images `(b, c, h, w)`
+)->Tensor:    # `(b, 1, h, c*w)`, or as they are if c = 1 or 3
+    "Other channels have no colors: they stand side by side, in gray."
+    return x if x.shape[1] in (1, 3) else rearrange(x, 'b c h w -> b 1 h (c w)')
 
 # %% ../nbs/00a_plot.ipynb #2ab3da6a
 def show_images(

@@ -22,7 +22,6 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 import torch
-from einops import rearrange
 from fastprogress.fastprogress import NBProgressBar, progress_bar
 from filelock import FileLock, Timeout
 from torch import Tensor
@@ -32,7 +31,7 @@ from .ddpm import DDPM, draw_samples
 from .files import WeightsError, load_weights, read_log, write_whole
 from .machines import any_process, join_processes, rank, size, sum_over_processes
 from .noise import own_randomness
-from .plot import save_images
+from .plot import _in_gray_or_color, _visible_scale, save_images
 from .saved import checkpoint_header
 from .train import (ConfigError, TrainConfig, TrainingDiverged, TrainState,
                               learning_rate, training_step)
@@ -189,14 +188,12 @@ def _save_samples(
     x:Tensor,           # images as for `image_grid`
     path:Path,          # the PNG; its folder is made if missing
     levels:int,         # gray levels
-    ncol:int|None=None, # images per row
 ):
     """A grid of images as a PNG, small images enlarged. What is neither gray nor red,
     green and blue has no colors: its channels stand side by side, in gray."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scale = max(1, 32//x.shape[-1])
-    if x.shape[1] not in (1, 3): x = rearrange(x, 'b c h w -> b 1 h (c w)')
-    save_images(x, path, ncol, scale=scale, levels=levels)
+    scale = _visible_scale(max(x.shape[-2:]))
+    save_images(_in_gray_or_color(x), path, scale=scale, levels=levels)
 
 # %% ../nbs/13a_run.ipynb #6dd237c9
 _HELD = {}          # folder -> (process, thread) of this process that holds it

@@ -227,3 +227,8 @@ def test_help(call):
     for action in _make_parser(ddpm_ablate.__wrapped__)._actions: assert action.help and not any("_" in s for s in action.option_strings)
     status, out, _ = call(ddpm_ablate, "--help")
     assert status == 0 and "--only CELL [CELL ...]" in out
+
+
+def test_only_given_twice_is_two_cells():
+    options = _make_parser(ddpm_ablate.__wrapped__).parse_args(["digits", "--only", "mu-vlb-beta", "--only", "eps-vlb-beta", "x0-vlb-beta"])
+    assert options.only == ["mu-vlb-beta", "eps-vlb-beta", "x0-vlb-beta"]

@@ -215,7 +215,7 @@ def test_a_full_disk_or_ctrl_c_leaves_nothing(call, here, monkeypatch):
     def full(*args, **kw): raise OSError(28, "No space left on device", "x.png")
     def stopped(*args, **kw): raise KeyboardInterrupt
     (here/"old.png").write_text("old")
-    for name, error, status in (("ddpm_nbdev.plot.write_whole", full, 1), ("ddpm_nbdev.interpolate_cli.interpolate", stopped, 130)):
+    for name, error, status in (("os.fsync", full, 1), ("ddpm_nbdev.interpolate_cli.interpolate", stopped, 130)):
         with monkeypatch.context() as m:
             m.setattr(name, error)
             assert call(ddpm_interpolate, "digits", 13, 20, *FAST, "--out", "old.png", "--overwrite")[0] == status
@@ -247,3 +247,10 @@ def test_help(call):
     status, out, _ = call(ddpm_interpolate, "--help")
     assert status == 0 and "--t T [T ...]" in out and all(said in " ".join(out.split()) for said in (
         "two image files; or a data set and numbers of two images", "test images 13 and 20 (not the digits themselves)", "default: T/20, T/4, T/2 and T", "the images before --t"))
+
+
+def test_t_given_twice_is_two_rows(call, here):
+    "As with one option: the last one does not win."
+    assert call(ddpm_interpolate, "digits", 13, 20, *FAST, "--t", 250, "--t", 1000, "--out", "a.png", "--quiet") == (0, "", "")
+    assert call(ddpm_interpolate, "digits", 13, 20, *FAST, "--t", 250, 1000, "--out", "b.png", "--quiet") == (0, "", "")
+    assert (here/"a.png").read_bytes() == (here/"b.png").read_bytes() and tiles("a.png", 2, 5, 8, 8).shape[0] == 2
