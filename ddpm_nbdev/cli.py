@@ -107,7 +107,9 @@ def _summarize(metrics, out, say):
 def _measure(plan, ddpm, samples, out, say, progress, again):
     "Draw and measure at the end of a run: images, and what goes into metrics.json."
     cfg, start = plan.cfg, time.perf_counter()
-    trained = checkpoint_header(out/'checkpoint.safetensors')['seconds']
+    file = out/'checkpoint.safetensors'    # which another machine need not see
+    trained = 0 if rank() else checkpoint_header(file)['seconds']
+    trained = sum_over_processes(torch.tensor(trained, dtype=torch.float64)).item()
     say(f"\ntrained in {trained:.0f} s; now sampling and measuring")
     try:
         n = _how_many(ddpm, samples, '--samples', say)

@@ -58,7 +58,8 @@ def _check_folder(
         raise ValueError(f"{path} already holds a run: go on with it (--resume) "
                          "or replace it (--overwrite)")
     if resume and not holds_checkpoint:
-        raise ValueError(f"nothing to resume: there is no checkpoint in {path}")
+        here = " on this machine, and all must see the folder of a run"*bool(rank())
+        raise ValueError(f"nothing to resume: there is no checkpoint in {path}{here}")
 
 class RunFolder:
     "The files of a run, and the rules that protect them."
