@@ -132,7 +132,9 @@ def _reported(ddpm, data, k, drawn, progress):
 def _measure(plan, ddpm, samples, out, say, quiet, again):
     "Draw and measure at the end of a run: images, and what goes into metrics.json."
     cfg, start = plan.cfg, time.perf_counter()
-    trained = checkpoint_header(out/'checkpoint.safetensors')['seconds']
+    file = out/'checkpoint.safetensors'    # which another machine need not see
+    trained = 0 if rank() else checkpoint_header(file)['seconds']
+    trained = sum_over_processes(torch.tensor(trained, dtype=torch.float64)).item()
     say(f"\ntrained in {trained:.0f} s; now sampling and measuring")
     try:
         n, k = _what_fits(ddpm, plan.data, samples, out, say)

@@ -220,10 +220,11 @@ def read_metrics(
 
 def read_log(
     path:str|Path,  # a run's folder
+    name:str='log.jsonl', # of the file there
 )->list[dict]:      # one dict per line: step, loss, grad_norm, lr, seconds
     """The log of a run; a last line that was cut off by a crash is left out.
     WeightsError names another line that is damaged."""
-    rows, log = [], Path(path)/'log.jsonl'
+    rows, log = [], Path(path)/name
     if not log.exists(): return []
     lines = log.read_text(encoding='utf-8', errors='replace').split('\n')
     for i, line in enumerate(lines, 1):

@@ -12,6 +12,8 @@ import copy
 import math
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +33,34 @@ def size()->int:
     "How many processes share the work: 1, unless torchrun started several."
     return dist.get_world_size() if _grouped() else 1
 
+def _name_of_start(
+    store,              # torchrun's, which it keeps over restarts
+    rank:int, size:int, # of this process, of how many
+    patience:float=300, # seconds
+)->str:
+    """A new name, on which these processes agree by means of the store: what dead ones
+    left there is not mistaken for theirs. TimeoutError if one does not answer."""
+    me, end = uuid.uuid4().hex, time.monotonic()+patience
+    def wait(done, pause=.02):
+        while not done():
+            if time.monotonic() > end:
+                raise TimeoutError(f"process {rank} of {size}: the others did not "
+                                   f"answer in {patience:g} s")
+            time.sleep(pause)
+    if rank:
+        store.set(f"hello {rank}", me)
+        wait(lambda: store.check([f"welcome {me}"]))     # said to me, not to a dead one
+        name = store.get(f"welcome {me}").decode()
+        store.set(f"{name} {rank}", "heard")
+        return name
+    def all_heard():
+        for i in range(1, size):
+            if store.check([f"hello {i}"]):               # perhaps of a dead one: again
+                store.set(f"welcome {store.get(f'hello {i}').decode()}", me)
+        return size == 1 or store.check([f"{me} {i}" for i in range(1, size)])
+    wait(all_heard)
+    return me
+
 def join_processes():
     """Let the processes that torchrun started know each other, once;
     for a process started without it nothing happens."""
@@ -42,15 +72,12 @@ def join_processes():
     cuda = torch.cuda.is_available()
     if cuda: torch.cuda.set_device(int(env['LOCAL_RANK']))     # another GPU for each
     backend = 'cpu:gloo,cuda:nccl' if cuda else 'gloo'
-    agent = env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True'
-    if agent and env['GROUP_WORLD_SIZE'] == '1':
-        # torchrun keeps this store over restarts: what dead processes left in it must
-        # not be found, so each start has a prefix of its own
+    if env.get('TORCHELASTIC_USE_AGENT_STORE') == 'True':
+        r, n = int(env['RANK']), int(env['WORLD_SIZE'])
         host, port = env['MASTER_ADDR'], int(env['MASTER_PORT'])
         store = dist.TCPStore(host, port, is_master=False)
-        store = dist.PrefixStore(f"start {env['TORCHELASTIC_RESTART_COUNT']}", store)
-        dist.init_process_group(backend, store=store, rank=int(env['RANK']),
-                                world_size=int(env['WORLD_SIZE']))
+        store = dist.PrefixStore(_name_of_start(store, r, n), store)
+        dist.init_process_group(backend, store=store, rank=r, world_size=n)
     else: dist.init_process_group(backend)
     atexit.register(leave_processes)
 

@@ -6,6 +6,7 @@
 __all__ = ['RunFolder', 'only_writer', 'Interrupted', 'train']
 
 # %% ../nbs/13a_run.ipynb #cafd8c43
+import errno
 import json
 import os
 import re
@@ -16,19 +17,20 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from fastprogress.fastprogress import NBProgressBar, progress_bar
-from filelock import FileLock, Timeout
+from filelock import FileLock, SoftFileLock, Timeout
 from torch import Tensor
 
-from .data import Batches, Dataset, _absolute, load_dataset
+from .data import Batches, Dataset, load_dataset
 from .ddpm import DDPM, draw_samples
-from .files import WeightsError, load_weights, read_log, write_whole
+from .files import load_weights, read_log, write_whole
 from .machines import any_process, join_processes, rank, size, sum_over_processes
 from .noise import own_randomness
 from .plot import _in_gray_or_color, _visible_scale, save_images
@@ -57,7 +59,8 @@ def _check_folder(
         raise ValueError(f"{path} already holds a run: go on with it (--resume) "
                          "or replace it (--overwrite)")
     if resume and not holds_checkpoint:
-        raise ValueError(f"nothing to resume: there is no checkpoint in {path}")
+        here = " on this machine, and all must see the folder of a run"*bool(rank())
+        raise ValueError(f"nothing to resume: there is no checkpoint in {path}{here}")
 
 class RunFolder:
     "The files of a run, and the rules that protect them."
@@ -97,7 +100,7 @@ class RunFolder:
         state.load(self.checkpoint)
         self.saved_step = state.step
         if not self.writes: return
-        (self.path/'log.jsonl.new').unlink(missing_ok=True)  # of a dead run's overwrite
+        _settle(self.path)
         keep = [row for row in read_log(self.path) if row['step'] <= state.step]
         write_whole(self.log, ''.join(json.dumps(row)+'\n' for row in keep).encode())
 
@@ -134,19 +137,19 @@ class RunFolder:
         if self.writes: state.save(self.checkpoint)
         self.saved_step = state.step
         if not self.writes: return
-        if self.log != self.final_log: self.end_earlier_run()
+        if self.log != self.final_log: _end_earlier_run(self.path, self.replaces)
+        self.log = self.final_log
         self.keep_checkpoints(state.step, state.cfg)
 
-    def end_earlier_run(self):
-        "Remove what an earlier run left; the log takes its place."
-        for name in _RESULTS: (self.path/name).unlink(missing_ok=True)
-        for pattern in ('samples/*.png', 'checkpoints/*.safetensors'):
-            for p in self.path.glob(pattern):
-                if p.stem.isdecimal(): p.unlink()
-        events = self.path.glob('tensorboard/*tfevents*') if self.replaces else ()
-        for p in events: p.unlink()
-        os.replace(self.log, self.final_log)
-        self.log = self.final_log
+    def make_up(self,
+        state:TrainState,  # as it was saved
+    ):
+        "What a run that died right after its checkpoint had still to write."
+        cfg, at = state.cfg, state.step
+        if self.writes: self.keep_checkpoints(at, cfg)
+        due = cfg.sample_every and at % cfg.sample_every == 0 and at < cfg.steps
+        there = not self.writes or (self.path/f'samples/{at:06}.png').exists()
+        if due and any_process(not there): self.draw(state)
 
     def keep_checkpoints(self,
         step:int,        # of the checkpoint just written
@@ -184,6 +187,23 @@ class RunFolder:
         return TrainingDiverged(f"training diverged at step {step} ({what}); {kept}; "
                                 f"try a smaller learning rate{way}")
 
+def _end_earlier_run(path, events=True):
+    "Remove what an earlier run left; the log takes its place."
+    for name in _RESULTS: (path/name).unlink(missing_ok=True)
+    for pattern in ('samples/*.png', 'checkpoints/*.safetensors'):
+        for p in path.glob(pattern):
+            if p.stem.isdecimal(): p.unlink()
+    for p in path.glob('tensorboard/*tfevents*') if events else (): p.unlink()
+    os.replace(path/'log.jsonl.new', path/'log.jsonl')
+
+def _settle(path):
+    "End what a run began that died at its first checkpoint, or before it."
+    if not (path/(new := 'log.jsonl.new')).exists(): return
+    header, last = checkpoint_header(path/'checkpoint.safetensors'), read_log(path, new)
+    its = dict(step=header['step'], seconds=round(header['seconds'], 3))
+    if last and its.items() <= last[-1].items(): _end_earlier_run(path)
+    else: (path/new).unlink()                      # no checkpoint is its own
+
 def _save_samples(
     x:Tensor,           # images as for `image_grid`
     path:Path,          # the PNG; its folder is made if missing
@@ -198,11 +218,24 @@ def _save_samples(
 # %% ../nbs/13a_run.ipynb #6dd237c9
 _HELD = {}          # folder -> (process, thread) of this process that holds it
 _LOCK, _WRITER = '.ddpm_lock', '.ddpm_writer'
+_LOCKLESS = errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK
+
+def _acquire(path):
+    "The operating system's lock; a file that says who, where the disk has no locks."
+    lock = FileLock(path/_LOCK, timeout=0, mode=0o666)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')        # it may find that out by itself
+            lock.acquire()
+    except OSError as e:
+        if e.errno not in _LOCKLESS: raise
+        lock = SoftFileLock(path/f'{_LOCK}.soft', timeout=0, mode=0o666)
+        lock.acquire()
+    return lock
 
 def _hold(path):
     "A lock on an existing folder, or a ValueError that says who has it."
-    lock = FileLock(path/_LOCK, timeout=0, mode=0o666)
-    try: lock.acquire()
+    try: return _acquire(path)
     except Timeout:
         try: who = (path/_WRITER).read_text()
         except OSError: who = "another process"
@@ -212,7 +245,6 @@ def _hold(path):
         if not (path/_LOCK).exists(): raise
         raise ValueError(f"{path}: the lock {_LOCK} there belongs to another user; "
                          "if no run writes there, delete it") from e
-    return lock
 
 def _clear_rubbish(path):
     "Remove what writers that died left half written, ten minutes ago or more."
@@ -317,7 +349,9 @@ def train(
             run = RunFolder(out, resume, overwrite)
             again = again or _resume_command(cfg.dataset, out)
             with _way_back(run, state, again):
-                if resume: run.restore(state)
+                if resume:
+                    run.restore(state)
+                    run.make_up(state)
                 _loop(run, state, batches, stop, progress, again, watch)
                 ddpm = state.averaged()
                 if run.writes: ddpm.save(out, state.step)
@@ -402,46 +436,3 @@ def _resume_command(
              for k, v in options.items() if v is not None]
     return shlex.join(['ddpm_train', dataset, '--out', str(out), '--resume',
                        *sum(given, [])])
-
-# %% ../nbs/13a_run.ipynb #80af891d
-def _settings_of_run(
-    out:Path,      # a run's folder
-    dataset:str,   # what the user asked for
-)->TrainConfig:
-    "The settings that a run began with. ValueError for another kind of dataset."
-    file = out/'checkpoint.safetensors'
-    saved = checkpoint_header(file)['config']
-    if saved['dataset'].partition(':')[0] != dataset.partition(':')[0]:
-        raise ValueError(f"{out} holds a run on {saved['dataset']}, not {dataset}")
-    known = {f.name: saved[f.name] for f in fields(TrainConfig) if f.name in saved}
-    try: return TrainConfig(**known | {'dataset': _absolute(dataset)})
-    except (ConfigError, ArithmeticError, RuntimeError) as e:   # not the user's fault
-        raise WeightsError(f"{file}: damaged settings ({e})") from e
-
-def _restarted(
-    out:Path,        # the run's folder
-    resume:bool,     # what was asked for at the first start
-    overwrite:bool,
-)->tuple[bool,bool]: # resume, overwrite
-    "What to do when torchrun starts its processes again after one died."
-    run_id = os.environ.get('TORCHELASTIC_RUN_ID')
-    if run_id is None: return resume, overwrite
-    mark, new_log = out/'.torchrun', out/'log.jsonl.new'
-    again = os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') != '0'
-    host, starter = socket.gethostname(), str(os.getppid())
-    def ours():
-        "Is the mark of this job: its name, and on this machine its torchrun?"
-        if not mark.exists(): return False
-        name, *where = mark.read_text().split('\n')
-        same_start = again and (where[:1] != [host] or where[1:] == [starter])
-        return name == run_id and (same_start or run_id != 'none')
-    if rank(): resume = overwrite = False                    # process 0 decides for all
-    elif ours():
-        resume = (out/'checkpoint.safetensors').exists() and not new_log.exists()
-        overwrite = not resume
-    else:
-        mark.unlink(missing_ok=True)                          # of an earlier start
-        _check_folder(out, resume, overwrite)
-        if resume: new_log.unlink(missing_ok=True)           # of a dead run's overwrite
-        mark.write_text('\n'.join([run_id, host, starter]))
-    return any_process(resume), any_process(overwrite)

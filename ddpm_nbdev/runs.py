@@ -19,7 +19,8 @@ from .ddpm import DDPM
 from .files import WeightsError, read_json, read_metrics
 from .machines import _processes, size
 from .models import find_model
-from .run import _check_folder, _data_for, _restarted, _settings_of_run
+from .restart import _restarted, _settings_of_run
+from .run import _check_folder, _data_for
 from .saved import checkpoint_header
 from .schedule import SCHEDULES, describe_schedule
 from .train import EMA, ConfigError, TrainConfig, _changed

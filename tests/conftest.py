@@ -52,7 +52,7 @@ def pytest_cmdline_main(config):
 
 # Files whose tests run in one worker, one after the other: they start several processes each, change what they share,
 # or wait for something that takes longer to make than to look at.
-TOGETHER = {"test_benchmarks.py", "test_distributed.py", "test_packaging.py", "test_site.py", "test_sync.py", "test_tools.py"}
+TOGETHER = {"test_benchmarks.py", "test_distributed.py", "test_hosts.py", "test_packaging.py", "test_site.py", "test_sync.py", "test_tools.py"}
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -76,7 +76,7 @@ def pytest_configure(config):
 
 
 # What the others wait for, then what takes long; the many short ones fill the gaps.
-FIRST = ["test_site.py", "test_distributed.py", "test_outputs.py", "test_browser.py", "test_benchmarks.py", "test_tools.py", "test_cli.py", "test_train.py"]
+FIRST = ["test_site.py", "test_distributed.py", "test_hosts.py", "test_outputs.py", "test_browser.py", "test_benchmarks.py", "test_tools.py", "test_cli.py", "test_train.py"]
 
 
 def pytest_collection_modifyitems(config, items):

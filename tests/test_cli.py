@@ -30,7 +30,7 @@ from ddpm_nbdev.decoder import to_model_range
 from ddpm_nbdev.features import digit_classifier
 from ddpm_nbdev.files import read_log
 from ddpm_nbdev.likelihood import measure_mse
-from ddpm_nbdev.run import _restarted
+from ddpm_nbdev.restart import _restarted
 from ddpm_nbdev.saved import read_checkpoint
 from ddpm_nbdev.train import TrainConfig, load_checkpoint
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Python
+from conftest import ROOT, Python
 from safetensors.torch import load_file
 
 from ddpm_nbdev.data import load_dataset
@@ -27,7 +27,7 @@ torch.set_num_threads(1)
 MODEL = dict(ch=8, ch_mult=[1, 2], num_res_blocks=1, attn_resolutions=[4], groups=4)
 TINY = TrainConfig("digits", T=10, model_args=MODEL, dropout=.2, flip=True, steps=12, batch_size=8, lr=2e-3, warmup=5, ema_decay=.9,
                    ema_warmup=True, log_every=4, checkpoint_every=4, sample_every=0, shards=2)
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent), "PYTHONFAULTHANDLER": "1"}
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{ROOT}", "PYTHONFAULTHANDLER": "1"}
 
 
 def torchrun(*args, cwd=None, processes=2, options=()):
