@@ -13,25 +13,13 @@ from .start import _answer_ctrl_c
 if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.ablate_cli')    # while the rest is read
 
 # %% ../nbs/20c_ablate_cli.ipynb #6dfb9566
-from functools import wraps
 from pathlib import Path
 
 from .ablation import ablate, markdown_table
-from .commands import _check_options, _make_parser, _printer, _run
+from .commands import _check_options, _printer, command
 
 # %% ../nbs/20c_ablate_cli.ipynb #5a12f207
-def _with_several_cells(func):
-    "As `command` does; the option for the parameter `only` takes one name or more."
-    @wraps(func)
-    def run(*args, **kwargs):
-        if args or kwargs: return func(*args, **kwargs)
-        parser = _make_parser(func)
-        option = next(a for a in parser._actions if a.dest == 'only')
-        option.type, option.nargs, option.metavar = str, '+', 'CELL'
-        return _run(func, parser, parser.prog)
-    return run
-
-@_with_several_cells
+@command(words={'only': 'CELL'})
 def ddpm_ablate(
     dataset:str,              # digits or fashion_mnist
     out:str='ablation',       # folder of the table (default: ablation)

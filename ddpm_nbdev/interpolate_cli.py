@@ -16,10 +16,8 @@ if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.interpolate_cli')    # whi
 import os
 import re
 import time
-from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
 
 import torch
@@ -28,7 +26,7 @@ from torch import Tensor
 
 from .cli import _CHOSEN, _chain_of_sampling
 from .codec_cli import _chosen_images, _data_name, _free_output, _model_name
-from .commands import _check_options, _choose_device, _make_parser, _printer, _run
+from .commands import _check_options, _choose_device, _printer, command
 from .ddpm import DDPM
 from .decoder import to_model_range, to_uint8
 from .interpolate import _MIXES, _NOISES, interpolate
@@ -131,26 +129,6 @@ def _rows(
     return torch.cat(rows)
 
 # %% ../nbs/20b_interpolate_cli.ipynb #b06ca8ba
-def _whole_number(word):
-    "A value of --t, an int. ArgumentTypeError that tells what was likely meant."
-    if re.fullmatch('[+-]?[0-9]+', word): return int(word)
-    said = f"{word!r} is not a whole number"
-    if re.fullmatch('[0-9]+(,[0-9]*)+', word):
-        said += ": separate the values by spaces, " + ' '.join(word.split(',')).strip()
-    elif not re.match('[+-]?[.0-9]+$', word): said += "; WHAT comes before --t"
-    raise ArgumentTypeError(said)
-
-def _with_several_t(func):
-    "As `command` does; the option for the parameter `t` takes one number or more."
-    @wraps(func)
-    def run(*args, **kwargs):
-        if args or kwargs: return func(*args, **kwargs)
-        parser = _make_parser(func)
-        option = next(a for a in parser._actions if a.dest == 't')
-        option.type, option.nargs, option.metavar = _whole_number, '+', 'T'
-        return _run(func, parser, parser.prog)
-    return run
-
 def _check_steps(t):
     "ConfigError unless t is None or a list of one or more whole numbers from 0 on."
     if t is not None and (not len(t) or any(s != int(s) for s in t)):
@@ -187,7 +165,7 @@ def _check_size(n, rows, side, scale):
                           f"are too many ({pixels:.1e} pixels, at most "
                           f"{_MOST_PIXELS:.0e}): lower --n or --scale")
 
-@_with_several_t
+@command
 def ddpm_interpolate(
     what:list[str],         # two image files; or a data set and numbers of two images
     model:str=None,         # a run or a shipped model (default: the data set's)

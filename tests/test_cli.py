@@ -1,4 +1,5 @@
 "The commands: what they write and print, and that whatever goes wrong is one line and loses nothing."
+import importlib
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm_nbdev import cli, models, quality
+from ddpm_nbdev import cli, models, quality, start
 from ddpm_nbdev import run as cli_run
 from ddpm_nbdev import train as train_module
 from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
@@ -776,6 +777,33 @@ def test_every_command_says_its_version(call):
     for command in commands: assert call(command, "--version") == (0, f"{command.__name__} {__version__}\n", "")
 
 
+@pytest.mark.parametrize("name", start._HOMES)
+def test_what_is_said_without_torch_is_what_the_command_says(name, call, monkeypatch):
+    "Help, version and wrong usage come out of the text of the command's module: the same words as those of the command itself, and torch is not read."
+    command, code = getattr(importlib.import_module(f"ddpm_nbdev.{start._HOMES[name]}"), name), f"import sys; from ddpm_nbdev.start import {name}\ntry: {name}()\nfinally: print('torch' in sys.modules)"
+    monkeypatch.setenv("COLUMNS", "100")
+    for words in (["--help"], ["--version"], ["digits", "--no-such-option", "3"], []):
+        p = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        status, out, err = call(command, *words)
+        assert (p.returncode, p.stdout, p.stderr) == (status, out+"False\n", err), words
+        assert status == (0 if words[:1] in (["--help"], ["--version"]) else 2)
+    assert not [m for m in sys.modules if "outlined" in m]
+
+
+def test_a_list_option_may_be_said_again(call, here, finished):
+    from ddpm_nbdev.options import _parser_of
+    parser = _parser_of("ddpm_interpolate", "interpolate_cli")
+    assert parser.parse_args(["digits", "1", "2", "--t", "5", "6", "--t", "7"]).t == [5, 6, 7]
+
+
+def test_a_command_in_a_notebook_reads_no_command_line_of_jupyter(monkeypatch):
+    "A cell with `ddpm_sample()` used to take the name of Jupyter's connection file for a model."
+    for program in ("/usr/lib/python3/site-packages/ipykernel_launcher.py", "/usr/bin/ipython", "colab_kernel_launcher.py"):
+        monkeypatch.setattr(sys, "argv", [program, "-f", "/run/user/kernel-1.json"])
+        with pytest.raises(ValueError, match=r"without arguments reads the command line, and in a notebook there is none: give them as in ddpm_sample\(what=...\)"): ddpm_sample()
+        with pytest.raises(ValueError, match=r"ddpm_train\(dataset=...\)"): ddpm_train()
+
+
 def test_no_flip(call, here):
     assert call(ddpm_train, "digits", *QUICK, "--no-flip", "--samples", 0, "--quiet")[0] == 0
     assert json.loads((here/"runs/digits/metrics.json").read_text())["config"]["flip"] is False
@@ -884,7 +912,7 @@ def test_training_outlives_its_output(where, here):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
-@pytest.mark.parametrize("command", [["-m", "ddpm_nbdev.cli", "train", "digits"], ["-m", "ddpm_nbdev.codec_cli"], ["-c", "from ddpm_nbdev.start import ddpm_sample; ddpm_sample()"]])
+@pytest.mark.parametrize("command", [["-m", "ddpm_nbdev.cli", "train", "digits"], ["-m", "ddpm_nbdev.codec_cli"], ["-c", "import sys; sys.argv.append('digits'); from ddpm_nbdev.start import ddpm_sample; ddpm_sample()"]])
 def test_ctrl_c_while_torch_is_read(command, here):
     p = subprocess.Popen([sys.executable, *command], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while p.poll() is None and "torch" not in open(f"/proc/{p.pid}/maps").read(): time.sleep(.002)
