@@ -56,7 +56,7 @@ def command(
     settings=None,  # a dataclass, whose fields `func` takes as `**settings`
     offered:str='', # names of the fields that become options
     default:str='', # for the help: where their defaults come from
-    words:dict|None=None, # parameter -> what the help calls its value
+    words:dict|None=None, # parameter -> name of its value; '[X]': a position
     only_prints:bool=False, # has it failed when nobody can read what it says?
 ):
     """The function from Python; called without arguments, a command that parses

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/00d_options.ipynb #c2cc389b
+# %% ../nbs/00d_options.ipynb #3b57c2dd
 import argparse
 import ast
 import inspect
@@ -79,7 +79,7 @@ def _make_parser(
     settings=None,    # a dataclass, whose fields `func` takes as `**settings`
     offered:str='',   # names of the fields that become options
     default:str='',   # for the help: where their defaults come from
-    words:dict|None=None, # parameter -> what the help calls its value
+    words:dict|None=None, # parameter -> name of its value; '[X]': a position
 )->_Parser:
     "The parser of a command."
     parser = _Parser(prog=func.__name__, description=func.__doc__, allow_abbrev=False)
@@ -95,6 +95,9 @@ def _make_parser(
         else: kw |= dict(type=p.anno, metavar=(words or {}).get(name, name.upper()))
         if many: kw |= dict(type=_kind_in_list(p.anno, flags[-1], first), nargs='+')
         if p.default is empty: flags, first = [name], name.upper()
+        elif (kw.get('metavar') or '').startswith('['):
+            kw |= dict(nargs='?', default=p.default, metavar=kw['metavar'].strip('[]'))
+            flags = [name]
         elif many: kw['action'] = 'extend'
         elif p.anno is not bool:
             kw |= dict(default=p.default, metavar=p.anno.__name__.upper())
@@ -136,7 +139,7 @@ class _Output:
             if self.only_prints:
                 raise OSError(e.errno, e.strerror, 'standard output') from e
 
-# %% ../nbs/00d_options.ipynb #2ac212e8
+# %% ../nbs/00d_options.ipynb #d9fa8d1c
 def _one_line(
     e:BaseException,  # any error
 )->str:
@@ -174,7 +177,7 @@ def _plain_command(
     settings=None,  # a dataclass, whose fields `func` takes as `**settings`
     offered:str='', # names of the fields that become options
     default:str='', # for the help: where their defaults come from
-    words:dict|None=None, # parameter -> what the help calls its value
+    words:dict|None=None, # parameter -> name of its value; '[X]': a position
     only_prints:bool=False, # has it failed when nobody can read what it says?
     run:Callable=_run, # what calls it with the options
 ):
@@ -202,7 +205,7 @@ def _example(func)->str:
     first = next(iter(inspect.signature(func).parameters))
     return f"give them as in {func.__name__}({', '.join(needed) or f'{first}=...'})"
 
-# %% ../nbs/00d_options.ipynb #9ad077be
+# %% ../nbs/00d_options.ipynb #95a1e7ee
 def _head(
     node:ast.stmt, # of a module
 )->ast.stmt:       # the same, changed

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .files import _RUN, _shown
 from .formats import _hold_out, _named, _read_all
 from .images import _FORMATS, _open_image, _read_square, read_image
 from .machines import check_memory
@@ -26,7 +27,6 @@ from .machines import check_memory
 # %% ../nbs/11c_pictures.ipynb #1542d66b
 _READ = '.png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif'.split()
 _OTHERS = '.heic .heif .avif .jxl .jp2 .svg .psd'.split()   # pictures, but not read
-_RUN = {'checkpoint.safetensors', 'model.safetensors', 'log.jsonl'}
 
 class _Below(NamedTuple):
     "What lies below a folder."
@@ -34,10 +34,6 @@ class _Below(NamedTuple):
     others:Counter           # endings of pictures in formats that are not read
     runs:list[Path]          # folders that hold a run
     bad:list[tuple[str,str]] # why something cannot be opened, and its name
-
-def _shown(path:str|Path)->str:
-    "A path as it can be printed in one line, whatever bytes its name has."
-    return ''.join(c if c.isprintable() else '\ufffd' for c in str(path))
 
 def _sort_in(found:_Below, entry:os.DirEntry, folders:list[Path], links:list[Path]):
     "Put one thing that lies in a folder where it belongs."

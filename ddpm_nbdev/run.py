@@ -28,7 +28,8 @@ from torch import Tensor
 
 from .data import Batches, Dataset, _absolute, load_dataset
 from .ddpm import DDPM, draw_samples
-from .files import WeightsError, load_weights, read_log, write_whole
+from .files import (_LOCK, _WRITER, WeightsError, load_weights, read_log,
+                              write_whole)
 from .machines import (any_process, join_processes, rank, size,
                                  sum_over_processes)
 from .noise import own_randomness
@@ -199,7 +200,6 @@ def _save_samples(
 
 # %% ../nbs/13a_run.ipynb #6dd237c9
 _HELD = {}          # folder -> (process, thread) of this process that holds it
-_LOCK, _WRITER = '.ddpm_lock', '.ddpm_writer'
 
 def _hold(path):
     "A lock on an existing folder, or a ValueError that says who has it."

@@ -14,7 +14,8 @@ import threading
 # %% ../nbs/00c_start.ipynb #52d3bb40
 _HOMES = {'ddpm_train': 'cli', 'ddpm_sample': 'cli', 'ddpm_evaluate': 'cli',
           'ddpm_compress': 'codec_cli', 'ddpm_decompress': 'codec_cli',
-          'ddpm_interpolate': 'interpolate_cli', 'ddpm_ablate': 'ablate_cli'}
+          'ddpm_interpolate': 'interpolate_cli', 'ddpm_ablate': 'ablate_cli',
+          'ddpm_runs': 'runs_cli'}
 
 def _answer_ctrl_c(
     name:str, # of the command
