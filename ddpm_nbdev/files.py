@@ -273,7 +273,7 @@ def load_weights(
     _check_fit(model, weights, path)
     model.load_state_dict(weights)
 
-# %% ../nbs/00_files.ipynb #503d8655
+# %% ../nbs/00_files.ipynb #6bb102ef
 _RUN = {'checkpoint.safetensors', 'model.safetensors', 'log.jsonl'}
 _LOCK, _WRITER = '.ddpm_lock', '.ddpm_writer'
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ddpm_runs']
 
-# %% ../nbs/20d_runs_cli.ipynb #33a98eef
+# %% ../nbs/20d_runs_cli.ipynb #c559eb4f
 import json
 import os
 import re
@@ -21,7 +21,7 @@ from .files import (_LOCK, _RUN, _WRITER, WeightsError, _check_fields, _number,
                               read_log, read_metrics)
 from .options import _plain_command
 
-# %% ../nbs/20d_runs_cli.ipynb #d2ff7450
+# %% ../nbs/20d_runs_cli.ipynb #5e90f23a
 def _is_alive(number:int)->bool:
     "Is there a process of that number?"
     try: os.kill(number, 0)              # asks only
@@ -48,7 +48,7 @@ def _who_writes(
     lock.release()
     return None
 
-# %% ../nbs/20d_runs_cli.ipynb #31ab674d
+# %% ../nbs/20d_runs_cli.ipynb #ebd09697
 _SETTINGS = dict(config=dict(dataset=_TEXT, steps=_whole(1)))
 
 def _bits_of(
@@ -68,10 +68,11 @@ def _bits_of(
 def _state_of(folder, header, who)->str:
     "One word: training, stopped, finished, ..."
     if who: return 'training'
-    if header is None: return 'model' if (folder/'model.safetensors').exists() else 'begun'
+    model = folder/'model.safetensors'
+    if header is None: return 'model' if model.exists() else 'begun'
     if header['step'] < header['config']['steps']: return 'stopped'
-    whole = [folder/name for name in ('model.safetensors', 'metrics.json')]
-    return 'finished' if all(p.exists() for p in whole) else 'trained'
+    whole = model.exists() and (folder/'metrics.json').exists()
+    return 'finished' if whole else 'trained'
 
 def _again(
     folder:Path,   # of a run
@@ -107,7 +108,8 @@ def _describe_run(
     "What is known of a run, damaged or not; sizes and times need no file to be whole."
     ours = _LOCK, _WRITER
     found = [p.stat() for p in folder.rglob('*') if p.is_file() and p.name not in ours]
-    known = {'run': str(folder), 'bytes': sum({s.st_ino: s.st_size for s in found}.values()),
+    sizes = {s.st_ino: s.st_size for s in found}     # a file may have two names
+    known = {'run': str(folder), 'bytes': sum(sizes.values()),
              'changed': max((s.st_mtime for s in found), default=0.)}
     try: return known | _read_run(folder)
     except (WeightsError, OSError) as e:
@@ -115,7 +117,7 @@ def _describe_run(
         said = said.removeprefix(f"{folder}/")       # the line begins with the folder
         return known | {'state': 'damaged', 'error': _shown(said)}
 
-# %% ../nbs/20d_runs_cli.ipynb #5f02ef5d
+# %% ../nbs/20d_runs_cli.ipynb #ed60d4cf
 def _find_runs(
     folder:Path,  # to look into
     deep:int=2,   # so many folders below it, at most
@@ -178,12 +180,13 @@ def ddpm_runs(
     path = Path(folder)
     if not path.is_dir():
         why = "is a file: name its folder" if path.exists() else "no such folder"
-        raise ValueError(f"{_shown(folder)}: {why}; ddpm_runs lists the runs in a folder")
+        raise ValueError(f"{_shown(folder)}: {why}; what ddpm_runs lists are the runs in "
+                         "a folder")
     runs = sorted(map(_describe_run, _find_runs(path)), key=lambda r: -r['changed'])
     if json: print(_as_json(runs))
     else: print(_listed(runs) if runs else f"no runs in {_shown(folder)}")
     return runs
 
-# %% ../nbs/20d_runs_cli.ipynb #b0d42bf3
+# %% ../nbs/20d_runs_cli.ipynb #22bd41d6
 #| eval: false
 if __name__ == '__main__': ddpm_runs()
