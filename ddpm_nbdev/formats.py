@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import tarfile
+import tempfile
 import time
 import warnings
 import zlib
@@ -67,13 +68,13 @@ class _Progress:
         self.shown = False
 
 # %% ../nbs/11b_formats.ipynb #9d8a24d1
-def _read_all(
+def _try_all(
     read,             # a function of a path
     paths:list[Path], # the files
     name=str,         # a function of a path: what an error calls the file
     label:str='',     # what the line that says how far it is begins with; '': no line
-)->list:              # its results
-    "Apply `read` to every file; if some fail, one error names them."
+)->list[tuple]:       # for each file its result, and None or reason and name
+    "Apply `read` to every file, also where some fail."
     progress = _Progress(label, len(paths), 'images', 1)
     def attempt(p):
         try: return read(p), None
@@ -88,20 +89,42 @@ def _read_all(
             done.append(result)
             if label: progress.update(1)
     progress.close()
+    return done
+
+def _read_all(
+    read,             # as for `_try_all`
+    paths:list[Path], # the files
+    name=str,         # as for `_try_all`
+    label:str='',     # as for `_try_all`
+    remedy:str='',    # what to do about files that cannot be read
+)->list:              # the results
+    "Apply `read` to every file; if some fail, one error names them."
+    done = _try_all(read, paths, name, label)
     bad = [e for _, e in done if e]
-    if bad: raise ValueError(
-        f"{len(bad)} of {len(paths)} images cannot be read: {_named(bad)}")
+    if bad: raise ValueError(f"{len(bad)} of {len(paths)} images cannot be read: "
+                             f"{_named(bad)}{remedy}")
     return [r for r, _ in done]
 
 def _named(
     bad:list[tuple[str,str]], # reasons and names
-    most:int=20,              # that are named
+    most:int=20,              # that are named; if there are more, a file has all
 )->str:
     "The names of bad files, those with one reason together."
     groups = {}
     for reason, name in bad[:most]: groups.setdefault(reason, []).append(name)
     said = ', '.join(f"{', '.join(names)} ({why})" for why, names in groups.items())
-    return said + (f" and {len(bad)-most} more" if len(bad) > most else "")
+    if len(bad) <= most: return said
+    return f"{said} and {len(bad)-most} more{_list_in_file(bad)}"
+
+def _list_in_file(bad)->str: # words that say where
+    "Write all names and reasons into a file that stays; of several processes one does."
+    if os.environ.get('RANK', '0') != '0': return ''
+    try:
+        with tempfile.NamedTemporaryFile('w', encoding='utf-8', suffix='.txt',
+                                         prefix='unreadable_', delete=False) as f:
+            f.writelines(f'{name}\t{why}\n' for why, name in bad)
+    except OSError: return ''                # no room: the error is said all the same
+    return f" (all are listed in {f.name})"
 
 # %% ../nbs/11b_formats.ipynb #f32e917c
 def _hold_out(names:list[bytes])->np.ndarray: # `(n,)` bool

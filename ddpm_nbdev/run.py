@@ -41,7 +41,7 @@ from .train import (ConfigError, TrainConfig, TrainingDiverged, TrainState,
 # %% ../nbs/13a_run.ipynb #35f36480
 # what may change when a run goes on; the images are known by their checksum
 _RESUMABLE = ('steps', 'log_every', 'checkpoint_every', 'keep_last', 'keep_every',
-              'sample_every', 'sample_n', 'dataset')
+              'sample_every', 'sample_n', 'dataset', 'skip_bad')
 _RESULTS = ('model.safetensors', 'config.json', 'metrics.json', 'samples.png',
             'curve.png')
 
@@ -335,7 +335,7 @@ def _data_for(
     side, channels, checkpoint = cfg.size, cfg.channels, out/'checkpoint.safetensors'
     if resume and checkpoint.exists():
         channels, _, side = checkpoint_header(checkpoint)['ddpm']['shape']
-    return load_dataset(cfg.dataset, side, channels, data_dir)
+    return load_dataset(cfg.dataset, side, channels, data_dir, cfg.skip_bad)
 
 def _begin_with(state, model):
     "Weights from elsewhere, for the average too. WeightsError unless they fit."

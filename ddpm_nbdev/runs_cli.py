@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ddpm_runs']
 
-# %% ../nbs/20d_runs_cli.ipynb #c559eb4f
+# %% ../nbs/20d_runs_cli.ipynb #bbd78d4e
 import json
 import os
 import re
@@ -21,7 +21,7 @@ from .files import (_LOCK, _RUN, _WRITER, WeightsError, _check_fields, _number,
                               read_log, read_metrics)
 from .options import _plain_command
 
-# %% ../nbs/20d_runs_cli.ipynb #5e90f23a
+# %% ../nbs/20d_runs_cli.ipynb #8ed9c251
 def _is_alive(number:int)->bool:
     "Is there a process of that number?"
     try: os.kill(number, 0)              # asks only
@@ -48,7 +48,7 @@ def _who_writes(
     lock.release()
     return None
 
-# %% ../nbs/20d_runs_cli.ipynb #ebd09697
+# %% ../nbs/20d_runs_cli.ipynb #c2f9d4a0
 _SETTINGS = dict(config=dict(dataset=_TEXT, steps=_whole(1)))
 
 def _bits_of(
@@ -117,7 +117,7 @@ def _describe_run(
         said = said.removeprefix(f"{folder}/")       # the line begins with the folder
         return known | {'state': 'damaged', 'error': _shown(said)}
 
-# %% ../nbs/20d_runs_cli.ipynb #ed60d4cf
+# %% ../nbs/20d_runs_cli.ipynb #b7f17c52
 def _find_runs(
     folder:Path,  # to look into
     deep:int=2,   # so many folders below it, at most
@@ -180,13 +180,13 @@ def ddpm_runs(
     path = Path(folder)
     if not path.is_dir():
         why = "is a file: name its folder" if path.exists() else "no such folder"
-        raise ValueError(f"{_shown(folder)}: {why}; what ddpm_runs lists are the runs in "
-                         "a folder")
+        raise ValueError(f"{_shown(folder)}: {why}; what ddpm_runs lists are the runs "
+                         "in a folder")
     runs = sorted(map(_describe_run, _find_runs(path)), key=lambda r: -r['changed'])
     if json: print(_as_json(runs))
     else: print(_listed(runs) if runs else f"no runs in {_shown(folder)}")
     return runs
 
-# %% ../nbs/20d_runs_cli.ipynb #22bd41d6
+# %% ../nbs/20d_runs_cli.ipynb #609a6eae
 #| eval: false
 if __name__ == '__main__': ddpm_runs()

@@ -642,7 +642,7 @@ def test_options_of_training_are_the_settings(call):
     status, said, _ = call(ddpm_train, "--help")
     said, comments = " ".join(said.split()), docments(TrainConfig)
     scalars = [f.name for f in fields(TrainConfig) if f.name not in ("dataset", "model", "model_args", "schedule_args")]
-    assert status == 0 and cli._OFFERED.split() == scalars and len(scalars) == 28
+    assert status == 0 and cli._OFFERED.split() == scalars and len(scalars) == 29
     for name in cli._OFFERED.split():
         assert f"--{name.replace('_', '-')}" in said and " ".join(comments[name].split()) in said, name
 
@@ -803,6 +803,26 @@ def test_a_command_in_a_notebook_reads_no_command_line_of_jupyter(monkeypatch):
         monkeypatch.setattr(sys, "argv", [program, "-f", "/run/user/kernel-1.json"])
         with pytest.raises(ValueError, match=r"without arguments reads the command line, and in a notebook there is none: give them as in ddpm_sample\(what=...\)"): ddpm_sample()
         with pytest.raises(ValueError, match=r"ddpm_train\(dataset=...\)"): ddpm_train()
+
+
+def test_skip_bad_trains_without_them(call, here, pictures):
+    "The run is the one of the folder without the broken files, and goes on without being told again; other pictures are refused."
+    args = [f"folder:{pictures}", *QUICK, "--samples", 0]
+    (pictures/"broken.png").write_text("no image")
+    failed(call(ddpm_train, *args), 1, "1 of 13 images cannot be read", "broken.png (in an unknown format)", "let --skip-bad train without them")
+    assert not (here/"runs").exists()
+    status, out, err = call(ddpm_train, *args, "--skip-bad", "--out", "a")
+    assert status == 0 and "; 1 that cannot be read, left out; " in out and "note: left out, since they cannot be read: " in err and "broken.png" in err
+    assert call(ddpm_evaluate, "a", "--images", 2, "--curve-images", 1, "--steps", 2)[0] == 0
+    assert call(ddpm_train, f"folder:{pictures}", "--out", "a", "--resume", "--steps", 6, "--samples", 0)[0] == 0
+    (pictures/"broken.png").unlink()
+    assert call(ddpm_train, *args, "--out", "b", "--steps", 6)[0] == 0
+    one, two = (load_file(f"{n}/model.safetensors") for n in "ab")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    next(p for p in pictures.iterdir() if p.name == "3.png").write_text("broken, too")
+    status, _, err = call(ddpm_train, f"folder:{pictures}", "--out", "a", "--resume", "--steps", 8, "--samples", 0)
+    assert status in (0, 1) and (status == 0 or "the training images are not those it began with" in err)      # 0: it was held out
+    failed(call(ddpm_train, "digits", *QUICK, "--skip-bad"), 1, "only pictures of a folder can be skipped")
 
 
 def test_no_flip(call, here):
