@@ -13,6 +13,7 @@ from .start import _answer_ctrl_c
 if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.cli')    # while the rest is read
 
 # %% ../nbs/20_cli.ipynb #67f92688
+import math
 import shlex
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from safetensors.torch import save as safetensors_bytes
 from .commands import (_check_options, _choose_device, _printer, _run_by_name,
                                  command)
 from .ddpm import DDPM, draw_samples
-from .files import read_json, write_json, write_whole
+from .files import _check_no_file, read_json, write_json, write_whole
 from .likelihood import (Likelihood, best_steps, decoder_costs, even_steps,
                                    evaluate_bits_per_dim, measure_mse, rate_distortion, stride)
 from .machines import (PRECISIONS, LowPrecision, join_processes, rank, size,
@@ -39,7 +40,7 @@ from .run import (Interrupted, _can_show_progress, _resume_command, _save_sample
                             only_writer, train)
 from .runs import (_announce, _begins_with, _check_call, _check_shape,
                              _plan_training, _settings_for, _settings_in,
-                             _share_of_the_start)
+                             _share_of_the_start, _without_trace)
 from .saved import _mse_to_config, checkpoint_header, current_weights
 from .train import ConfigError, TrainConfig
 
@@ -158,19 +159,18 @@ def ddpm_train(
     if not resume: _settings_for(dataset, preset, settings)   # wrong values come first
     kind, _, path = dataset.partition(':')
     name = Path(path).expanduser().resolve().name if path else kind
-    out = Path(out or f"runs/{name}")
+    _check_no_file(out := Path(out or f"runs/{name}"))
     join_processes()
     say = _printer(quiet)
-    with only_writer(out):
+    with only_writer(out), _without_trace(out):
         plan = _plan_training(out, dataset, preset, settings, device, data_dir,
                               resume, overwrite)
         _check_shape(init, first, plan.data)
-        _announce(plan, dataset, out, say)
         again = _resume_command(dataset, out, data_dir=data_dir, samples=samples,
                                 device=device)
         ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
-                     progress=not quiet, data=plan.data, again=again,
-                     init=first)
+                     progress=not quiet, data=plan.data, again=again, init=first,
+                     started=lambda: _announce(plan, dataset, out, say))
         progress = not quiet and _can_show_progress()
         drawn, metrics = _measure(plan, ddpm, samples, out, say, progress, again)
         if rank(): return metrics
@@ -290,6 +290,14 @@ def _table(what, found, quality=None):
                      f"{r.L_0:9.3f}{r.L_T+r.L_mid:9.3f}{_rmse(r):8.2f}{r.n:8}")
     return '\n'.join(_with_quality(lines, quality))
 
+def _what_it_means(curve, T, levels):
+    "What a reader who has seen no such numbers needs to know of them."
+    late = int((rate_distortion(curve)['rate'] < curve.total/2).sum())
+    verdict = "late, as it should be" if late > .7*T else "early: train it longer"
+    return (f"(fewer bits/dim are better; as they are, such images take "
+            f"{math.log2(levels):.2f})\nhalf of the bits are received after {late} of "
+            f"{T} reverse steps, {verdict} ({curve.n} image{'s'*(curve.n != 1)})")
+
 def _summary(r):
     "The numbers of a table's row."
     left_out = 'terms', 'errors', 'mse', 'counts'
@@ -384,9 +392,7 @@ def ddpm_evaluate(
     if rank(): return evaluation
     say(f"\n{_table(what, found, q)}")
     say(', '.join(f"{name}: test {r.total:.3f}" for name, r in better.items()))
-    late = int((rate_distortion(curve)['rate'] < curve.total/2).sum())
-    say(f"half of the bits are received after {late} of {T} reverse steps "
-        f"({curve.n} image{'s'*(curve.n != 1)} at every step)")
+    say(_what_it_means(curve, T, ddpm.levels))
     if not out and _weights_now(what) != weights:
         path = _free_name(what, 'metrics', '.json')
         say(f"note: the run in {what} went on meanwhile; its metrics.json stays")

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from .formats import _Progress
 from .machines import PRECISIONS, rank, size
 from .options import (_make_parser, _one_line, _plain_command, _run,
                                 _version)
@@ -101,7 +102,10 @@ def _choose_device(
 
 # %% ../nbs/19a_commands.ipynb #924e18c6
 def _printer(quiet:bool)->Callable:
-    "Print at once, also where nobody sits at a terminal; only the first process."
+    """Print at once, also where nobody sits at a terminal; only the first process. And
+    what else would be said of long work, downloads for instance, obeys."""
+    _Progress.quiet = quiet
+    if quiet: os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
     if quiet or rank(): return lambda *a: None
     return lambda *a: print(*a, flush=True)
 

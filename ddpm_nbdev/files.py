@@ -277,6 +277,13 @@ def load_weights(
 _RUN = {'checkpoint.safetensors', 'model.safetensors', 'log.jsonl'}
 _LOCK, _WRITER = '.ddpm_lock', '.ddpm_writer'
 
+def _check_no_file(folder:str|Path):
+    "ValueError if a file stands where a folder is, or is to be made."
+    for p in (Path(folder), *Path(folder).parents):
+        if p.exists() and not p.is_dir():
+            raise ValueError(f"{_shown(p)} is a file, not a folder: "
+                             "choose another --out")
+
 def _shown(path:str|Path)->str:
     "A path as it can be printed in one line, whatever bytes its name has."
     return ''.join(c if c.isprintable() else '\ufffd' for c in str(path))

@@ -19,13 +19,13 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pooch
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .images import read_image
@@ -34,6 +34,8 @@ from .machines import check_memory
 # %% ../nbs/11b_formats.ipynb #f4ac38c2
 class _Progress:
     "How far something is, in one line on the standard error stream."
+    quiet = False             # for all of them: say nothing, as the user asked
+
     def __init__(self,
         label:str,       # what it is
         total:int=0,     # how much there is to do; pooch sets it when it knows
@@ -45,6 +47,7 @@ class _Progress:
 
     def show(self):
         "Rewrite the line."
+        if self.quiet: return
         self.shown = True
         done, total = self.done/self.scale, self.total/self.scale
         print(f"\r{self.label}: {done:.0f} of {total:.0f} {self.unit}",
@@ -144,6 +147,39 @@ SOURCES = {   # name -> address, {file: MD5}
         't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}),
 }
 
+@contextmanager
+def _held(
+    lock:FileLock, # others that want it wait, and then find the file
+    file:str,      # that is downloaded meanwhile
+):
+    "Hold the lock inside the block; who has to wait for it says so."
+    try: lock.acquire(timeout=1)
+    except Timeout:
+        if not _Progress.quiet:
+            print(f"waiting for another process that downloads {file}", file=sys.stderr,
+                  flush=True)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
+def _as_others_are(
+    path:Path, # a file that was downloaded under a temporary name, for its owner alone
+)->Path:
+    "Let the file be read by whoever may read new files of this user."
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    return path
+
+@contextmanager
+def _quietly():
+    "Inside the block pooch says nothing, if that was asked for."
+    logger = pooch.get_logger()
+    before = logger.level
+    if _Progress.quiet: logger.setLevel('WARNING')
+    try: yield
+    finally: logger.setLevel(before)
+
 def fetch(
     name:str,             # a data set in SOURCES
     file:str,             # one of its files
@@ -158,12 +194,12 @@ def fetch(
         if (folder/file).is_file() and pooch.file_hash(folder/file, 'md5') == md5:
             return folder/file
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder/'lock'):                # others wait, then find the file
+        with _held(FileLock(folder/'lock'), file), _quietly():
             # Left by a process that was killed: nobody else holds the lock.
             for p in folder.glob('tmp*'): p.unlink()
             download = pooch.HTTPDownloader(progress, 2**16)
-            return Path(pooch.retrieve(base+file, f'md5:{md5}', file, folder,
-                                       downloader=download))
+            pooch.retrieve(base+file, f'md5:{md5}', file, folder, downloader=download)
+            return _as_others_are(folder/file)
     except (OSError, ValueError) as e:               # requests' errors are OSErrors
         response = getattr(e, 'response', None)
         if response is not None:

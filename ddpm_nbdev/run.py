@@ -42,8 +42,7 @@ from .train import (ConfigError, TrainConfig, TrainingDiverged, TrainState,
 # what may change when a run goes on; the images are known by their checksum
 _RESUMABLE = ('steps', 'log_every', 'checkpoint_every', 'keep_last', 'keep_every',
               'sample_every', 'sample_n', 'dataset', 'skip_bad')
-_RESULTS = ('model.safetensors', 'config.json', 'metrics.json', 'samples.png',
-            'curve.png')
+_RESULTS = 'model.safetensors config.json metrics.json samples.png curve.png'.split()
 
 def _check_folder(
     path:Path,       # where a run should go
@@ -300,6 +299,7 @@ def train(
     data:Dataset|None=None,  # None loads `cfg.dataset`
     again:str|None=None,     # what to type to go on (default: the shortest that does)
     init:DDPM|None=None,     # a new run begins with its weights
+    started=None,            # called when nothing stands in the way any more
 )->DDPM:                     # with the averaged weights; also saved in `out`
     """Algorithm 1, with the optimizer of Appendix B, and with files. ValueError for a
     folder or settings that do not fit, Interrupted when it was stopped and saved,
@@ -319,6 +319,7 @@ def train(
             again = again or _resume_command(cfg.dataset, out)
             with _way_back(run, state, again):
                 if resume: run.restore(state)
+                if started: started()
                 _loop(run, state, batches, stop, progress, again)
                 ddpm = state.averaged()
                 if run.writes: ddpm.save(out, state.step)

@@ -825,6 +825,74 @@ def test_skip_bad_trains_without_them(call, here, pictures):
     failed(call(ddpm_train, "digits", *QUICK, "--skip-bad"), 1, "only pictures of a folder can be skipped")
 
 
+@pytest.mark.parametrize("args, status, said", [
+    (["digits", "--cuda-graph"], 2, "--cuda-graph: only for one process with a GPU"),
+    (["folder:pictures", "--preset", "cifar10", "--batch-size", "4"], 2, "the network of these settings halves images 3 times, and their side is 12: --size 16 would fit"),
+    (["folder:pictures", "--preset", "cifar10"], 1, "batch size 128 does not fit 18 training images"), (["digits", "--batch-size", "2000"], 1, "batch size 2000"),
+    (["digits", "--out", "there"], 1, "there is a file, not a folder: choose another --out"), (["digits", "--out", "there/run"], 1, "there is a file, not a folder: choose another --out")])
+def test_what_is_refused_is_not_announced(args, status, said, call, here):
+    "One line, no line before it that says what is going to happen, and no folder afterwards."
+    (here/"pictures").mkdir()
+    for i in range(20): Image.fromarray(np.full((12, 12, 3), i, np.uint8)).save(here/f"pictures/{i}.png")
+    (here/"there").write_text("a file")
+    if "cifar10" in args and "--batch-size" not in args: args = [*args, "--size", "8"]
+    code, out, err = call(ddpm_train, *args)
+    assert (code, out) == (status, "") and len(err.splitlines()) == 1 and said in err, err
+    assert sorted(p.name for p in here.iterdir()) == ["pictures", "there"]
+
+
+@pytest.mark.parametrize("error, said", [(RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "--compile makes code with a compiler, and none is found that works"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"), "out of memory: "),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 7 bytes."), "out of memory: "), (MemoryError(), "out of memory: "), (KeyboardInterrupt(), "interrupted")])
+def test_a_failed_start_leaves_no_folder(error, said, call, here, run, monkeypatch):
+    "What fails in the first update: one line, and neither an empty log nor the folder is left; a run that was to be replaced is as it was."
+    def fails(*a): raise error
+    monkeypatch.setattr(cli_run, "training_step", fails)
+    before = contents(run)
+    status, _, err = call(ddpm_train, "digits", *QUICK, "--out", "new/run")
+    assert status == (130 if said == "interrupted" else 1) and len(err.strip().splitlines()) == 1 and said in err, err
+    assert not (here/"new").exists()
+    assert call(ddpm_train, "digits", *QUICK, "--out", run, "--overwrite")[0] in (1, 130) and contents(run) == before
+    assert call(ddpm_train, "digits", "--steps", 9, "--out", run, "--resume")[0] in (1, 130) and contents(run) == before
+
+
+def test_torchrun_needs_to_know_of_a_failed_start(here, monkeypatch):
+    "Its next start replaces the run, as was asked for, since the empty log is there."
+    from ddpm_nbdev.runs import _without_trace
+    for env, left in (("1", True), (None, False)):
+        if env: monkeypatch.setenv("TORCHELASTIC_RUN_ID", env)
+        else: monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        (here/"log.jsonl.new").write_text("")
+        with pytest.raises(ZeroDivisionError), _without_trace(here): 1/0
+        assert (here/"log.jsonl.new").exists() == left
+    (here/"log.jsonl.new").write_text("{}")
+    with pytest.raises(ZeroDivisionError), _without_trace(here): 1/0
+    assert (here/"log.jsonl.new").exists()                                    # somebody's work
+
+
+def test_files_are_as_readable_as_the_user_lets_files_be(call, here):
+    before = os.umask(0o022)
+    try:
+        assert call(ddpm_train, "digits", *QUICK, "--samples", 2, "--sample-every", 2, "--keep-every", 2, "--checkpoint-every", 2)[0] == 0
+        assert call(ddpm_sample, "runs/digits", "--n", 1, "--out", "x.safetensors")[0] == 0
+    finally: os.umask(before)
+    files = [p for p in here.rglob("*") if p.is_file()]
+    assert len(files) > 8 and {oct(p.stat().st_mode & 0o777) for p in files} == {"0o644"}
+
+
+def test_a_file_of_a_run_names_it(call, here, run):
+    assert call(ddpm_sample, run, "--n", 2, "--out", "a.png")[0] == 0
+    assert call(ddpm_sample, run/"model.safetensors", "--n", 2, "--out", "b.png")[0] == 0
+    assert (here/"a.png").read_bytes() == (here/"b.png").read_bytes()
+    failed(call(ddpm_sample, run/"metrics.json"), 1, f"a model is named by its folder: {run}")
+
+
+def test_evaluate_says_what_its_numbers_mean(call, here, run):
+    out = call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1, "--steps", 2)[1]
+    assert f"(fewer bits/dim are better; as they are, such images take {np.log2(17):.2f})\nhalf of the bits are received after " in out
+    assert re.search(r"after \d of 4 reverse steps, (late, as it should be|early: train it longer) \(1 image\)\n", out)
+
+
 def test_no_flip(call, here):
     assert call(ddpm_train, "digits", *QUICK, "--no-flip", "--samples", 0, "--quiet")[0] == 0
     assert json.loads((here/"runs/digits/metrics.json").read_text())["config"]["flip"] is False

@@ -714,6 +714,32 @@ def test_two_processes_at_once(server, tmp_path):
     assert server.asked["f"] == 1 and left(tmp_path/"net") == ["f"]
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_who_waits_says_so_and_quiet_is_heeded(quiet, server, tmp_path, capsys, monkeypatch):
+    "Also pooch's own line, and the line that says how far a download is."
+    monkeypatch.setattr(_Progress, "quiet", quiet)
+    (tmp_path/"net").mkdir()
+    held = threading.Event()
+    def other():
+        with formats.FileLock(tmp_path/"net/lock"):
+            held.set()
+            time.sleep(1.5)
+    threading.Thread(target=other).start()
+    assert held.wait(60)
+    path = fetch("net", "f", tmp_path)
+    assert path.read_bytes() == GOOD
+    err = capsys.readouterr().err
+    assert ("waiting for another process that downloads f\n" in err) == (not quiet) and (not err) == quiet
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    line = _Progress("file", 4e6)
+    line.next = 0
+    line.update(3e6)
+    line.close()
+    assert capsys.readouterr().err == ("" if quiet else "\rfile: 3 of 4 MB\rfile: 3 of 4 MB\n")
+
+
 def test_killed_while_downloading(server, tmp_path):
     "Half a file has no right name, the lock is free again, and the next download sweeps up."
     half, dead = threading.Event(), threading.Event()
