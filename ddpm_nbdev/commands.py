@@ -15,8 +15,8 @@ import torch
 
 from .formats import _Progress
 from .machines import PRECISIONS, rank, size
-from .options import (_make_parser, _one_line, _plain_command, _run,
-                                _version)
+from .options import (_make_parser, _one_line, _run, _version,
+                                plain_command)
 from .run import Interrupted
 from .start import _ctrl_c_as_before
 from .train import ConfigError
@@ -62,8 +62,8 @@ def command(
 ):
     """The function from Python; called without arguments, a command that parses
     sys.argv and exits: 0 done, 1 could not be done, 2 wrong usage, 130 stopped."""
-    return _plain_command(func, settings, offered, default, words, only_prints,
-                          _run_and_tell)
+    return plain_command(func, settings, offered, default, words, only_prints,
+                         _run_and_tell)
 
 # %% ../nbs/19a_commands.ipynb #deee9638
 def _run_by_name(

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from .files import (_LOCK, _RUN, _WRITER, WeightsError, _check_fields, _number,
                               _shown, _TEXT, _whole, checkpoint_header, read_header,
                               read_log, read_metrics)
-from .options import _plain_command
+from .options import plain_command
 
 # %% ../nbs/20d_runs_cli.ipynb #8ed9c251
 def _is_alive(number:int)->bool:
@@ -168,7 +168,7 @@ def _listed(
 
 def _as_json(runs): return json.dumps(runs, indent=1)
 
-@_plain_command(words={'folder': '[FOLDER]'}, only_prints=True)
+@plain_command(words={'folder': '[FOLDER]'}, only_prints=True)
 def ddpm_runs(
     folder:str='runs',  # with runs, or one run (default: runs)
     json:bool=False,    # print JSON instead of a table
