@@ -13,21 +13,43 @@ from .start import _answer_ctrl_c
 if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.ablate_cli')    # while the rest is read
 
 # %% ../nbs/20c_ablate_cli.ipynb #6dfb9566
+from itertools import groupby
+from math import log2
+from operator import itemgetter
 from pathlib import Path
-from typing import NewType
 
 from .ablation import ablate, markdown_table
 from .commands import _check_options, _printer, command
+from .data import load_dataset
+from .files import _check_no_file
+from .runs import _note_of_T
 
 # %% ../nbs/20c_ablate_cli.ipynb #5a12f207
-_Cell = NewType('Cell', str)  # of a table, by name
+def _notes(samples, T):
+    "What to keep in mind of a table, line by line."
+    if samples < 100:
+        yield (f"note: with {samples} samples FID is large and says little, and that "
+               "only among the cells of one table")
+    said = []
+    _note_of_T(T, said.append)
+    yield from said
 
-@command
+def _worse_than_none(rows, levels)->str:
+    "A note on cells with more bits/dim than images have as they are; '' without any."
+    raw, found = log2(levels), []
+    for name, group in groupby(rows, key=itemgetter('cell')):
+        most = max(row.get('total') or 0 for row in group)
+        if most > raw: found.append(f"{name} ({most:.1f})")
+    return found and (f"note: as they are, these images take {raw:.2f} bits/dim; more "
+                      f"is needed by {', '.join(found)}, whatever 'stable' says, which "
+                      "is about jumps of the loss alone")
+
+@command(words={'only': 'CELL'})
 def ddpm_ablate(
     dataset:str,              # digits or fashion_mnist
     out:str='ablation',       # folder of the table (default: ablation)
     table:str='objectives',   # objectives (Table 2, default) or schedules (App. B)
-    only:list[_Cell]=None,    # only these cells, such as eps-simple-beta (default: all)
+    only:list[str]=None,      # only these cells, such as eps-simple-beta (default: all)
     steps:int=900,            # updates of each training (default 900)
     seeds:int=2,              # trainings of each cell, with seeds 0, 1, ... (default 2)
     T:int=1000,               # steps of the diffusion (default 1000)
@@ -41,10 +63,16 @@ def ddpm_ablate(
     table goes into a folder, as Markdown, CSV, JSON and a picture, beside a run for
     each training. Stopped, and called again, it goes on."""
     _check_options(0, 'float32', steps=steps, seeds=seeds, T=T, processes=processes)
+    _check_no_file(out)
     say = _printer(quiet)
+    notes = iter([*_notes(samples, T)])
+    def told(text):                  # nothing is wrong with the call, so it is about it
+        for note in notes: say(note)
+        say(text)
     rows = ablate(dataset, out, steps, seeds, processes, only, T, samples, table,
-                  overwrite, say)
+                  overwrite, told)
     say(f"\n{markdown_table(rows, dataset)}\n")
+    if bad := _worse_than_none(rows, load_dataset(dataset).levels): say(bad)
     files = ' '.join(f'{table}.{end}' for end in ('md', 'csv', 'json', 'png'))
     say(f"wrote {files} in {out}")
     return rows

@@ -9,7 +9,6 @@ __all__ = ['TABLES', 'Cell', 'matched_schedule', 'markdown_table', 'plot_cells',
 import csv
 import io
 import math
-import multiprocessing
 import multiprocessing.connection
 import os
 import re
@@ -327,10 +326,8 @@ def plot_cells(
         for ax, cell in zip(axes, line):
             path = _row_file(out, cell, seed).with_suffix('.png')
             ax.set_title(cell.name, fontsize=7)
-            if not path.exists():
-                ax.text(.5, .5, "no samples", ha='center')
-                continue
-            ax.imshow(plt.imread(path), interpolation='nearest')
+            if path.exists(): ax.imshow(plt.imread(path), interpolation='nearest')
+            else: ax.text(.5, .5, "no samples", ha='center')
     return fig
 
 # %% ../nbs/19_ablation.ipynb #03f8f26b
@@ -344,13 +341,14 @@ def _claim(out, budget, overwrite):
     differ = [f"{k} was {old.get(k)}, is now {v}" for k, v in mine.items()
               if old.get(k) != v]
     if differ and not overwrite:
+        asked = ' '.join(f"--{k} {old.get(k)}" for k in mine if old.get(k) != mine[k])
         raise ValueError(f"the table in {out} has other settings: {'; '.join(differ)}; "
-                         "choose another out, or --overwrite it")
+                         f"go on with it by {asked}, choose another --out, or "
+                         "--overwrite it")
     if overwrite:
         for name in {cell.name for cells in TABLES.values() for cell in cells}:
             for run in out.glob(f'{name}-seed*'): shutil.rmtree(run)
-        for name in TABLES:
-            for file_of in out.glob(f'{name}.*'): file_of.unlink()
+        for p in [p for name in TABLES for p in out.glob(f'{name}.*')]: p.unlink()
     write_json(file, mine)
 
 def _open_jobs(out, cells, seeds, budget):
@@ -440,10 +438,12 @@ def ablate(
         _claim(out, budget, overwrite)
         jobs = _open_jobs(out, chosen, seeds, budget)
         if jobs:
-            minutes = math.ceil(_seconds(jobs, budget)/min(processes, len(jobs))/60)
-            say(f"{dataset}, {len(chosen)} cells, seeds {' '.join(map(str, seeds))}: "
-                f"{len(jobs)} trainings of {steps} updates, about {minutes} min; "
+            n, k, s = len(jobs), len(chosen), 's'*(len(seeds) > 1)
+            minutes = math.ceil(_seconds(jobs, budget)/min(processes, n)/60)
+            say(f"{dataset}, {k} cell{'s'*(k > 1)}, seed{s} {' '.join(map(str, seeds))}"
+                f": {n} training{'s'*(n > 1)} of {steps} updates, about {minutes} min; "
                 f"in {out}")
+        else: say(f"all of it is there already, so nothing is trained; in {out}")
         try: _run_jobs(jobs, processes, _reporter(jobs, say))
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; the same call goes on with {out}") from None

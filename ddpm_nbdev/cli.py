@@ -13,6 +13,7 @@ from .start import _answer_ctrl_c
 if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.cli')    # while the rest is read
 
 # %% ../nbs/20_cli.ipynb #67f92688
+import math
 import shlex
 import time
 from collections.abc import Callable
@@ -27,9 +28,10 @@ from .commands import (_check_options, _choose_device, _printer, _run_by_name,
                                  command)
 from .data import Dataset, epoch_order
 from .ddpm import DDPM, draw_samples
-from .files import read_json, write_json
+from .files import _check_no_file, read_json, write_json
 from .likelihood import even_steps, evaluate_bits_per_dim, rate_distortion, stride
-from .machines import PRECISIONS, LowPrecision, join_processes, my_share, rank
+from .machines import (PRECISIONS, LowPrecision, join_processes, my_share, rank,
+                                 sum_over_processes)
 from .measures import (_check_quality, _find, _foretell, _rmse, _steps_per_image,
                                  _summary, _with_quality, quality_of)
 from .models import (_add_metrics, _chain_name, _data_of, _free_name,
@@ -39,7 +41,7 @@ from .quality import report
 from .run import Interrupted, _resume_command, _save_samples, only_writer, train
 from .runs import (_announce, _begins_with, _check_call, _check_shape,
                              _plan_training, _settings_for, _settings_in,
-                             _share_of_the_start)
+                             _share_of_the_start, _without_trace)
 from .saved import _mse_to_config, checkpoint_header, current_weights
 from .sheets import _ask, _fit, _Moments, _write_samples
 from .train import ConfigError, TrainConfig
@@ -205,20 +207,20 @@ def ddpm_train(
     if config: settings = _settings_in(config) | settings
     first, settings = _begins_with(init, dataset, settings)
     if not resume: _settings_for(dataset, preset, settings)   # wrong values come first
-    out = Path(out or _folder_of(dataset))
+    _check_no_file(out := Path(out or _folder_of(dataset)))
     join_processes()
     say = _printer(quiet)
-    with _all_like_ctrl_c(), only_writer(out):
+    with _all_like_ctrl_c(), only_writer(out), _without_trace(out):
         plan = _plan_training(out, dataset, preset, settings, device, data_dir,
                               resume, overwrite)
         _check_shape(init, first, plan.data)
-        _announce(plan, dataset, out, say)
         again = _resume_command(dataset, out, data_dir=data_dir, samples=samples,
                                 device=device, tensorboard=tensorboard or None)
         with _board(tensorboard, out, plan.resume, plan.overwrite) as board:
             told = [board, _log_lines(quiet, say, plan.cfg.steps, out, plan.resume)]
             ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
                          progress=not quiet, data=plan.data, again=again, init=first,
+                         started=lambda: _announce(plan, dataset, out, say),
                          watch=lambda row: [tell(row) for tell in told if tell])
             drawn, metrics = _measure(plan, ddpm, samples, out, say, quiet, again)
             if not rank(): _finish(plan, drawn, metrics, out, say, board)
@@ -320,6 +322,14 @@ def _table(what, found, quality=None):
                      f"{r.L_0:9.3f}{r.L_T+r.L_mid:9.3f}{_rmse(r):8.2f}{r.n:8}")
     return '\n'.join(_with_quality(lines, quality))
 
+def _what_it_means(curve, T, levels):
+    "What a reader who has seen no such numbers needs to know of them."
+    late = int((rate_distortion(curve)['rate'] < curve.total/2).sum())
+    verdict = "late, as it should be" if late > .7*T else "early: train it longer"
+    return (f"(fewer bits/dim are better; as they are, such images take "
+            f"{math.log2(levels):.2f})\nhalf of the bits are received after {late} of "
+            f"{T} reverse steps, {verdict} "
+            f"({curve.n} image{'s'*(curve.n != 1)} at every step)")
 
 # %% ../nbs/20_cli.ipynb #ad8759d6
 def _keep_mse(what, mse, weights):
@@ -345,18 +355,14 @@ def _numbers(found, ddpm, k, seed):
         said['short_chain'] = {'steps': found.kept, 'test': test}
     return said
 
-def _say_found(what, found, T, quality, say):
-    "The table, and two lines below it."
+def _say_found(what, found, ddpm, quality, say):
+    "The table, and what to know of it."
     say(f"\n{_table(what, found.rows, quality)}")
     names = {'optimal': "optimal variance",
              'short_chain': f"the best {len(found.kept or [])} steps with it"}
     also = [f"{names[k]}: test {r.total:.3f}" for k, r in found.better.items()]
     if also: say(', '.join(also))
-    late = int((rate_distortion(found.curve)['rate'] < found.curve.total/2).sum())
-    n = found.curve.n
-    say(f"half of the bits are received after {late} of {T} reverse steps "
-        f"({n} image{'s'*(n != 1)} at every step)")
-
+    say(_what_it_means(found.curve, ddpm.sched.T, ddpm.levels))
 
 # %% ../nbs/20_cli.ipynb #adf11a85
 @command
@@ -402,7 +408,7 @@ def ddpm_evaluate(
     evaluation = _numbers(found, ddpm, k, seed) | ({'quality': q} if q else {})
     evaluation['seconds'] = round(time.perf_counter()-start, 1)
     if rank(): return evaluation
-    _say_found(what, found, ddpm.sched.T, q, say)
+    _say_found(what, found, ddpm, q, say)
     if not out and _weights_now(what) != weights:
         path = _free_name(what, 'metrics', '.json')
         say(f"note: the run in {what} went on meanwhile; its metrics.json stays")

@@ -6,148 +6,20 @@
 __all__ = ['command']
 
 # %% ../nbs/19a_commands.ipynb #381d6a9a
-import argparse
-import inspect
 import os
 import re
 import sys
-import types
-import typing
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
-from functools import wraps
 
 import torch
-from fastcore.docments import docments
 
-from . import __version__
+from .formats import _Progress
 from .machines import PRECISIONS, rank, size
+from .options import (_make_parser, _one_line, _run, _version,
+                                plain_command)
 from .run import Interrupted
 from .start import _ctrl_c_as_before
 from .train import ConfigError
-
-# %% ../nbs/19a_commands.ipynb #a76763ac
-class _Parser(argparse.ArgumentParser):
-    "Says what is wrong with the usage in one line."
-    def error(self, message):
-        "Say it on stderr and exit with status 2."
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-def _version(name): return f"{name} {__version__}"
-
-def _flag(name): return '--' + name.replace('_', '-')
-
-def _add_setting(
-    parser:_Parser,   # gets the option
-    name:str,         # of the field
-    kind,             # its type, such as `int|None`
-    comment:str,      # what it is
-    default:str,      # for the help: where its default comes from
-):
-    "An option for a field of a dataclass; not given, it is absent."
-    kinds = typing.get_args(kind) or (kind,)
-    plain = next(k for k in kinds if k is not types.NoneType)
-    kw = dict(dest=name, default=argparse.SUPPRESS)
-    if plain is not bool:
-        said = comment if '(default: ' in comment else f"{comment} ({default})"
-        parser.add_argument(_flag(name), type=plain, help=said,
-                            metavar=plain.__name__.upper(), **kw)
-    else:
-        group = parser.add_mutually_exclusive_group()
-        for flag, value, text in ((_flag(name), True, comment),
-                                  (_flag('no_'+name), False, f"not {_flag(name)}")):
-            group.add_argument(flag, action='store_const', const=value, help=text, **kw)
-
-def _one_of_several(
-    kind,        # of each value: int, float or str
-    hint:str='', # what a word may be that is no number
-)->Callable:     # from a word to a value
-    "A type for argparse whose error tells what was likely meant."
-    def read(word):
-        try: return kind(word)
-        except ValueError: said = f"{word!r} is not a {'whole '*(kind is int)}number"
-        if re.fullmatch(r'[-+.\d]+(,[-+.\d]*)+', word):
-            said += f": separate the values by spaces, {word.replace(',', ' ').strip()}"
-        elif not re.match('[-+]?[.0-9]+$', word): said += hint
-        raise argparse.ArgumentTypeError(said)
-    return read
-
-def _make_parser(
-    func,             # its parameters become options, its docstring the description
-    settings=None,    # a dataclass, whose fields `func` takes as `**settings`
-    offered:str='',   # names of the fields that become options
-    default:str='',   # for the help: where their defaults come from
-)->_Parser:
-    "The parser of a command."
-    parser = _Parser(prog=func.__name__, description=func.__doc__, allow_abbrev=False)
-    parser.add_argument('--version', action='version', version=_version(func.__name__))
-    empty, var = inspect.Parameter.empty, inspect.Parameter.VAR_KEYWORD
-    rest = [n for n, p in inspect.signature(func).parameters.items() if p.kind is var]
-    for name, p in docments(func, full=True, returns=False).items():
-        if name in rest: continue
-        flags = [*['-o']*(name == 'out'), _flag(name)]
-        if p.default is empty:
-            kw, kinds = dict(type=p.anno), typing.get_args(p.anno)
-            if typing.get_origin(p.anno) is list:               # list[str]: one or more
-                kw = dict(type=_one_of_several(*kinds), nargs='+')
-            parser.add_argument(name, help=p.docment, metavar=name.upper(), **kw)
-        elif p.anno is bool:
-            parser.add_argument(*flags, action='store_true', help=p.docment)
-        elif typing.get_origin(p.anno) is list:
-            kind, = typing.get_args(p.anno)
-            before = [a.metavar for a in parser._actions if not a.option_strings]
-            hint = f"; {before[0]} comes before {flags[-1]}" if before else ''
-            own = isinstance(kind, typing.NewType)             # it says what a value is
-            parser.add_argument(*flags, type=_one_of_several(kind, hint), nargs='+',
-                                action='extend', default=p.default, help=p.docment,
-                                metavar=(kind.__name__ if own else name).upper())
-        else:
-            parser.add_argument(*flags, type=p.anno, default=p.default,
-                                help=p.docment, metavar=p.anno.__name__.upper())
-    comments = docments(settings, full=True) if settings else {}
-    for name in offered.split():
-        p = comments[name]
-        _add_setting(parser, name, p.anno, p.docment, default)
-    return parser
-
-def _one_line(
-    e:BaseException,  # any error
-)->str:
-    "An error as one line: what, and for a file which."
-    if isinstance(e, OSError) and e.strerror:
-        return f"{e.filename}: {e.strerror}" if e.filename else e.strerror
-    return ' '.join(str(e).split()) or type(e).__name__
-
-# %% ../nbs/19a_commands.ipynb #0297c4ba
-class _Output:
-    "Standard output, or error, whose loss stops nothing, or only what just prints."
-    def __init__(self,
-        file,                 # `sys.stdout`, say; None where it is closed
-        only_prints:bool=False, # raise an OSError when it is lost, which says so
-    ): self.file, self.only_prints = file or open(os.devnull, 'w'), only_prints
-
-    def __getattr__(self, name): return getattr(self.file, name)
-
-    def write(self,
-        text:str, # to be said
-    )->int:
-        "Write, if that can be."
-        return self.attempt(self.file.write, text) or len(text)
-
-    def flush(self):
-        "Flush, if that can be."
-        self.attempt(self.file.flush)
-
-    def attempt(self, do, *args):
-        "Call it; when that fails, what is said later, at the end too, goes nowhere."
-        try: return do(*args)
-        except OSError as e:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            try: os.dup2(nowhere, self.file.fileno())
-            except (OSError, ValueError): self.file = open(os.devnull, 'w')
-            os.close(nowhere)
-            if self.only_prints:
-                raise OSError(e.errno, e.strerror, 'standard output') from e
 
 # %% ../nbs/19a_commands.ipynb #ed6ce2d8
 _NO_MEMORY = ("out of memory: a smaller batch, more shards or a smaller network "
@@ -161,56 +33,37 @@ _KNOWN = {                # words of a RuntimeError -> what the user can do abou
         "~ stands for a home folder, and none is known: set HOME, or write the path "
         "in full"}
 
-def _run(func, parser, name, only_prints=False):
-    "Call the function with the options of the command line; end with a status."
+def _run_and_tell(func, parser, name, only_prints=False):
+    "As `_run` does; and tell what goes wrong on the machines that networks need."
     _ctrl_c_as_before()                           # everything has been read
-    for out in (sys.stdout, sys.stderr):   # a console may lack letters of a file's name
-        if hasattr(out, 'reconfigure'): out.reconfigure(errors='backslashreplace')
-    with redirect_stdout(_Output(sys.stdout, only_prints)), \
-         redirect_stderr(_Output(sys.stderr)):
-        _run_and_end(func, parser, name)
-
-def _run_and_end(func, parser, name):
-    "Parse, call, end."
-    options = vars(parser.parse_args())
-    try:
-        func(**options)
-        sys.stdout.flush()                    # what was printed may be lost only now
-    except ConfigError as e: parser.error(_one_line(e))
-    except KeyboardInterrupt as e:
-        why = _one_line(e) if isinstance(e, Interrupted) else 'interrupted'
-        parser.exit(130, f"\n{name}: {why}\n")
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        parser.exit(1, f"{name}: {_NO_MEMORY}\n")
-    except (ValueError, OSError) as e: parser.exit(1, f"{name}: {_one_line(e)}\n")
-    except RuntimeError as e:
-        for words, said in _KNOWN.items():
-            if re.search(words, str(e)): parser.exit(1, f"{name}: {said}\n")
-        lost = any(word in str(e) for word in ('gloo', 'NCCL', 'onnection'))
-        if size() == 1 or not lost: raise
-        print(f"{name}: lost the other processes ({_one_line(e)[:150]}...)",
-              file=sys.stderr, flush=True)
-        os._exit(1)                              # an orderly end would wait for them
+    def told(**options):
+        try: func(**options)
+        except ConfigError as e: parser.error(_one_line(e))
+        except Interrupted as e: parser.exit(130, f"\n{name}: {_one_line(e)}\n")
+        except (torch.cuda.OutOfMemoryError, MemoryError):
+            parser.exit(1, f"{name}: {_NO_MEMORY}\n")
+        except RuntimeError as e:
+            for words, said in _KNOWN.items():
+                if re.search(words, str(e)): parser.exit(1, f"{name}: {said}\n")
+            lost = any(word in str(e) for word in ('gloo', 'NCCL', 'onnection'))
+            if size() == 1 or not lost: raise
+            print(f"{name}: lost the other processes ({_one_line(e)[:150]}...)",
+                  file=sys.stderr, flush=True)
+            os._exit(1)                          # an orderly end would wait for them
+    _run(told, parser, name, only_prints)
 
 def command(
     func=None,      # ConfigError: wrong usage; ValueError, OSError: cannot be done
     settings=None,  # a dataclass, whose fields `func` takes as `**settings`
     offered:str='', # names of the fields that become options
     default:str='', # for the help: where their defaults come from
+    words:dict|None=None, # parameter -> name of its value; '[X]': a position
     only_prints:bool=False, # has it failed when nobody can read what it says?
 ):
     """The function from Python; called without arguments, a command that parses
     sys.argv and exits: 0 done, 1 could not be done, 2 wrong usage, 130 stopped."""
-    if func is None:
-        return lambda func: command(func, settings, offered, default, only_prints)
-    @wraps(func)
-    def run(*args, **kwargs):
-        if args or kwargs: return func(*args, **kwargs)
-        parser = _make_parser(func, settings, offered, default)
-        number = os.environ.get('RANK', '0')
-        name = parser.prog if number == '0' else f"{parser.prog} (process {number})"
-        _run(func, parser, name, only_prints)
-    return run
+    return plain_command(func, settings, offered, default, words, only_prints,
+                         _run_and_tell)
 
 # %% ../nbs/19a_commands.ipynb #deee9638
 def _run_by_name(
@@ -249,7 +102,10 @@ def _choose_device(
 
 # %% ../nbs/19a_commands.ipynb #924e18c6
 def _printer(quiet:bool)->Callable:
-    "Print at once, also where nobody sits at a terminal; only the first process."
+    """Print at once, also where nobody sits at a terminal; only the first process. And
+    what else would be said of long work, downloads for instance, obeys."""
+    _Progress.quiet = quiet
+    if quiet: os.environ.setdefault('HF_HUB_DISABLE_PROGRESS_BARS', '1')
     if quiet or rank(): return lambda *a: None
     return lambda *a: print(*a, flush=True)
 

@@ -82,6 +82,7 @@ def load_dataset(
     size:int|None=None,          # side of the images, where there is a choice
     channels:int|None=None,      # 1 or 3, where there is a choice
     data_dir:str|Path|None=None, # where downloaded files are; None: see DDPM_DATA
+    skip_bad:bool=False,         # of a folder: leave out what cannot be read
 )->Dataset:
     "Load a data set by name; raises ValueError, in one line, if it cannot be loaded."
     kind, _, path = name.partition(':')
@@ -91,7 +92,11 @@ def load_dataset(
         raise ValueError(f"unknown dataset {name!r}; known: {known}"
                          + (meant if name and Path(name).is_dir() else ''))
     data_dir = data_dir or os.environ.get('DDPM_DATA') or None
-    return DATASETS[kind](path or None, size, channels, data_dir)
+    if skip_bad and kind != 'folder':
+        raise ValueError(f"only pictures of a folder can be skipped (--skip-bad), "
+                         f"and {name!r} is none")
+    more = {'skip_bad': True} if skip_bad else {}
+    return DATASETS[kind](path or None, size, channels, data_dir, **more)
 
 def _absolute(dataset:str)->str:
     "A dataset's name that holds in every working directory."
@@ -203,11 +208,11 @@ class Batches:
         return to_model_range(x, self.levels), place
 
 # %% ../nbs/12_data.ipynb #d35f7c63
-def _load_folder(path, size, channels, data_dir)->Dataset:
+def _load_folder(path, size, channels, data_dir, skip_bad=False)->Dataset:
     "The pictures of a folder, with 256 levels."
     if not path: raise ValueError("'folder' needs a path, as in folder:my/images")
     _check_free(size, channels)
-    train, test, about = _read_pictures(path, size, channels)
+    train, test, about = _read_pictures(path, size, channels, skip_bad)
     return Dataset(f'folder:{path}', train, test, about=about)
 
 DATASETS['folder'] = _load_folder

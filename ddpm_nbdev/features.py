@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from .data import Dataset, epoch_order
 from .decoder import to_model_range
 from .files import load_weights, read_weights
+from .formats import _as_others_are, _Progress
 from .schedule import choose
 
 # %% ../nbs/14b_features.ipynb #a4a39937
@@ -227,7 +228,9 @@ def _find_inception(
         path = cache/name
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(base+name, path, want)
+            silent = {'progress': False} if _Progress.quiet else {}
+            torch.hub.download_url_to_file(base+name, path, want, **silent)
+            _as_others_are(path)
         except (OSError, RuntimeError) as e:   # no network; another checksum
             reason = getattr(e, 'reason', None) or e
             raise ValueError(f"cannot download {base}{name} ({reason}); get it another "

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_whole', 'write_json', 'WeightsError', 'read_json', 'read_metrics', 'read_log', 'read_header', 'read_weights',
-           'load_weights']
+           'load_weights', 'checkpoint_header']
 
 # %% ../nbs/00_files.ipynb #65b59fd9
 import json
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 # %% ../nbs/00_files.ipynb #51fb785c
 def _name_beside(path:Path)->Path:
@@ -241,7 +240,7 @@ def read_log(
 # %% ../nbs/00_files.ipynb #d4266c81
 _PICKLES = (b'PK', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05')  # first bytes
 
-def _open_weights(path):
+def _open_weights(path, framework='pt'):
     "A safetensors file, opened; or in one line why it cannot be."
     if not path.is_file(): raise WeightsError(f"{path}: no such file")
     with open(path, 'rb') as f: head = f.read(4)
@@ -249,7 +248,7 @@ def _open_weights(path):
         raise WeightsError(
             f"{path}: this is a pickle (a PyTorch .pt or .ckpt file), which could run "
             "code when opened; only safetensors files are read")
-    try: return safe_open(path, 'pt')
+    try: return safe_open(path, framework)
     except SafetensorError as e:
         raise WeightsError(f"{path}: not a complete safetensors file ({e})") from e
 
@@ -257,12 +256,12 @@ def read_header(
     path:str|Path,  # a safetensors file
 )->dict[str,str]:   # what its writer says in the header; {} if nothing
     "What a safetensors file says of itself. WeightsError if it cannot be read."
-    with _open_weights(Path(path)) as f: return f.metadata() or {}
+    with _open_weights(Path(path), 'np') as f: return f.metadata() or {}   # no PyTorch
 
 def read_weights(
     path:str|Path,   # a safetensors file
     prefix:str='',   # only names that begin with it, and without it
-)->dict[str,Tensor]: # name -> tensor, on the CPU
+)->dict:             # name -> tensor, on the CPU
     "Read tensors. WeightsError if that cannot be done, or if one is not finite."
     with _open_weights(Path(path)) as f:
         try: found = {k.removeprefix(prefix): f.get_tensor(k)
@@ -281,9 +280,9 @@ def read_weights(
     return found
 
 def _check_fit(
-    model,                    # a module, which may be on the device 'meta'
-    weights:dict[str,Tensor], # name -> tensor
-    path:str|Path,            # where they came from, for the message
+    model,         # a module, which may be on the device 'meta'
+    weights:dict,  # name -> tensor
+    path:str|Path, # where they came from, for the message
 ):
     "WeightsError that says which tensor does not fit."
     own = model.state_dict()
@@ -303,10 +302,48 @@ def _check_fit(
                                f"{own[k].dtype}")
 
 def load_weights(
-    model,                    # the module to fill
-    weights:dict[str,Tensor], # name -> tensor
-    path:str|Path,            # where they came from, for the message
+    model,         # the module to fill
+    weights:dict,  # name -> tensor
+    path:str|Path, # where they came from, for the message
 ):
     "Fill a model, or say in a WeightsError which tensor does not fit."
     _check_fit(model, weights, path)
     model.load_state_dict(weights)
+
+# %% ../nbs/00_files.ipynb #6bb102ef
+_RUN = {'checkpoint.safetensors', 'model.safetensors', 'log.jsonl'}
+_LOCK, _WRITER = '.ddpm_lock', '.ddpm_writer'
+
+def _check_no_file(folder:str|Path):
+    "ValueError if a file stands where a folder is, or is to be made."
+    for p in (Path(folder), *Path(folder).parents):
+        if p.exists() and not p.is_dir():
+            raise ValueError(f"{_shown(p)} is a file, not a folder: "
+                             "choose another --out")
+
+def _shown(path:str|Path)->str:
+    "A path as it can be printed in one line, whatever bytes its name has."
+    return ''.join(c if c.isprintable() else '\ufffd' for c in str(path))
+
+_CHECKPOINT = 'ddpm_nbdev training 2'  # the kind of file, and its version
+_HEADER = dict(config=dict(dataset=_TEXT), data=_list(_whole(), 2, 2), ddpm=_OBJECT,
+               seconds=_number(0), step=_whole())
+
+def checkpoint_header(
+    path:str|Path, # written by a training run
+)->dict:           # format, step, seconds, data, config (settings of the run), ddpm
+    "What a checkpoint says of itself; its tensors are not read. WeightsError if none."
+    header = read_header(path)
+    kind = header.get('format', '')
+    if kind == json.dumps('ddpm_nbdev training 1'):
+        raise WeightsError(f"{path}: a checkpoint of an earlier development version, "
+                           "which drew its noise in another way; its "
+                           "model.safetensors can still be used")
+    if kind != json.dumps(_CHECKPOINT):
+        raise WeightsError(f"{path}: not a checkpoint of a training run; another model "
+                           "is named by its folder")
+    try: header = {k: _parse_json(v) for k, v in header.items()}
+    except ValueError as e:
+        raise WeightsError(f"{path}: a damaged header ({e})") from e
+    _check_fields(path, header, _HEADER)
+    return header

@@ -14,17 +14,18 @@ import math
 import os
 import sys
 import tarfile
+import tempfile
 import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pooch
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from .images import read_image
@@ -33,6 +34,8 @@ from .machines import check_memory
 # %% ../nbs/11b_formats.ipynb #f4ac38c2
 class _Progress:
     "How far something is, in one line on the standard error stream."
+    quiet = False             # for all of them: say nothing, as the user asked
+
     def __init__(self,
         label:str,       # what it is
         total:int=0,     # how much there is to do; pooch sets it when it knows
@@ -44,6 +47,7 @@ class _Progress:
 
     def show(self):
         "Rewrite the line."
+        if self.quiet: return
         self.shown = True
         done, total = self.done/self.scale, self.total/self.scale
         print(f"\r{self.label}: {done:.0f} of {total:.0f} {self.unit}",
@@ -67,13 +71,13 @@ class _Progress:
         self.shown = False
 
 # %% ../nbs/11b_formats.ipynb #9d8a24d1
-def _read_all(
+def _try_all(
     read,             # a function of a path
     paths:list[Path], # the files
     name=str,         # a function of a path: what an error calls the file
     label:str='',     # what the line that says how far it is begins with; '': no line
-)->list:              # its results
-    "Apply `read` to every file; if some fail, one error names them."
+)->list[tuple]:       # for each file its result, and None or reason and name
+    "Apply `read` to every file, also where some fail."
     progress = _Progress(label, len(paths), 'images', 1)
     def attempt(p):
         try: return read(p), None
@@ -88,20 +92,42 @@ def _read_all(
             done.append(result)
             if label: progress.update(1)
     progress.close()
+    return done
+
+def _read_all(
+    read,             # as for `_try_all`
+    paths:list[Path], # the files
+    name=str,         # as for `_try_all`
+    label:str='',     # as for `_try_all`
+    remedy:str='',    # what to do about files that cannot be read
+)->list:              # the results
+    "Apply `read` to every file; if some fail, one error names them."
+    done = _try_all(read, paths, name, label)
     bad = [e for _, e in done if e]
-    if bad: raise ValueError(
-        f"{len(bad)} of {len(paths)} images cannot be read: {_named(bad)}")
+    if bad: raise ValueError(f"{len(bad)} of {len(paths)} images cannot be read: "
+                             f"{_named(bad)}{remedy}")
     return [r for r, _ in done]
 
 def _named(
     bad:list[tuple[str,str]], # reasons and names
-    most:int=20,              # that are named
+    most:int=20,              # that are named; if there are more, a file has all
 )->str:
     "The names of bad files, those with one reason together."
     groups = {}
     for reason, name in bad[:most]: groups.setdefault(reason, []).append(name)
     said = ', '.join(f"{', '.join(names)} ({why})" for why, names in groups.items())
-    return said + (f" and {len(bad)-most} more" if len(bad) > most else "")
+    if len(bad) <= most: return said
+    return f"{said} and {len(bad)-most} more{_list_in_file(bad)}"
+
+def _list_in_file(bad)->str: # words that say where
+    "Write all names and reasons into a file that stays; of several processes one does."
+    if os.environ.get('RANK', '0') != '0': return ''
+    try:
+        with tempfile.NamedTemporaryFile('w', encoding='utf-8', suffix='.txt',
+                                         prefix='unreadable_', delete=False) as f:
+            f.writelines(f'{name}\t{why}\n' for why, name in bad)
+    except OSError: return ''                # no room: the error is said all the same
+    return f" (all are listed in {f.name})"
 
 # %% ../nbs/11b_formats.ipynb #f32e917c
 def _hold_out(names:list[bytes])->np.ndarray: # `(n,)` bool
@@ -121,6 +147,39 @@ SOURCES = {   # name -> address, {file: MD5}
         't10k-labels-idx1-ubyte.gz': 'bb300cfdad3c16e7a12a480ee83cd310'}),
 }
 
+@contextmanager
+def _held(
+    lock:FileLock, # others that want it wait, and then find the file
+    file:str,      # that is downloaded meanwhile
+):
+    "Hold the lock inside the block; who has to wait for it says so."
+    try: lock.acquire(timeout=1)
+    except Timeout:
+        if not _Progress.quiet:
+            print(f"waiting for another process that downloads {file}", file=sys.stderr,
+                  flush=True)
+        lock.acquire()
+    try: yield
+    finally: lock.release()
+
+def _as_others_are(
+    path:Path, # a file that was downloaded under a temporary name, for its owner alone
+)->Path:
+    "Let the file be read by whoever may read new files of this user."
+    umask = os.umask(0o077)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+    return path
+
+@contextmanager
+def _quietly():
+    "Inside the block pooch says nothing, if that was asked for."
+    logger = pooch.get_logger()
+    before = logger.level
+    if _Progress.quiet: logger.setLevel('WARNING')
+    try: yield
+    finally: logger.setLevel(before)
+
 def fetch(
     name:str,             # a data set in SOURCES
     file:str,             # one of its files
@@ -135,12 +194,12 @@ def fetch(
         if (folder/file).is_file() and pooch.file_hash(folder/file, 'md5') == md5:
             return folder/file
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder/'lock'):                # others wait, then find the file
+        with _held(FileLock(folder/'lock'), file), _quietly():
             # Left by a process that was killed: nobody else holds the lock.
             for p in folder.glob('tmp*'): p.unlink()
             download = pooch.HTTPDownloader(progress, 2**16)
-            return Path(pooch.retrieve(base+file, f'md5:{md5}', file, folder,
-                                       downloader=download))
+            pooch.retrieve(base+file, f'md5:{md5}', file, folder, downloader=download)
+            return _as_others_are(folder/file)
     except (OSError, ValueError) as e:               # requests' errors are OSErrors
         response = getattr(e, 'response', None)
         if response is not None:

@@ -15,7 +15,7 @@ if __name__ == '__main__': _answer_ctrl_c('ddpm_nbdev.interpolate_cli')    # whi
 # %% ../nbs/20b_interpolate_cli.ipynb #75c05ef8
 import re
 import time
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 

@@ -90,12 +90,14 @@ def _data_of(
     path, side, channels = Path(what), ddpm.shape[-1], ddpm.shape[0]
     if path.name == 'model.safetensors': path = path.parent     # a checkpoint knows
     checkpoint = path if path.is_file() else path/'checkpoint.safetensors'
+    skip_bad = False
     if dataset is None and checkpoint.exists():
-        dataset = checkpoint_header(checkpoint)['config']['dataset']
+        settings = checkpoint_header(checkpoint)['config']
+        dataset, skip_bad = settings['dataset'], settings.get('skip_bad') is True
     if dataset is None and (_own_folder(what) or '/' in what):
         raise ValueError(f"{what} does not say what it was trained on: "
                          "name it with --dataset")
-    data = load_dataset(dataset or what, side, channels, data_dir)
+    data = load_dataset(dataset or what, side, channels, data_dir, skip_bad)
     if (data.shape, data.levels) != (ddpm.shape, ddpm.levels):
         raise ValueError(f"{dataset or what} gives images {data.shape} with "
                          f"{data.levels} levels, the model is for {ddpm.shape} with "

@@ -9,6 +9,7 @@ __all__ = ['read_folder']
 import hashlib
 import math
 import os
+import re
 import sys
 from collections import Counter
 from functools import partial
@@ -19,14 +20,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .formats import _hold_out, _named, _read_all
+from .files import _RUN, _shown
+from .formats import _hold_out, _named, _read_all, _try_all
 from .images import _FORMATS, _open_image, _read_square, read_image
 from .machines import check_memory
 
 # %% ../nbs/11c_pictures.ipynb #1542d66b
 _READ = '.png .jpg .jpeg .jfif .webp .bmp .tif .tiff .gif'.split()
 _OTHERS = '.heic .heif .avif .jxl .jp2 .svg .psd'.split()   # pictures, but not read
-_RUN = {'checkpoint.safetensors', 'model.safetensors', 'log.jsonl'}
 
 class _Below(NamedTuple):
     "What lies below a folder."
@@ -34,10 +35,7 @@ class _Below(NamedTuple):
     others:Counter           # endings of pictures in formats that are not read
     runs:list[Path]          # folders that hold a run
     bad:list[tuple[str,str]] # why something cannot be opened, and its name
-
-def _shown(path:str|Path)->str:
-    "A path as it can be printed in one line, whatever bytes its name has."
-    return ''.join(c if c.isprintable() else '\ufffd' for c in str(path))
+    unreadable:list[Path]    # pictures that are left out
 
 def _sort_in(found:_Below, entry:os.DirEntry, folders:list[Path], links:list[Path]):
     "Put one thing that lies in a folder where it belongs."
@@ -51,7 +49,7 @@ def _sort_in(found:_Below, entry:os.DirEntry, folders:list[Path], links:list[Pat
 
 def _walk(folder:Path)->_Below: # files sorted
     "What lies below a folder, but for what is hidden; links last, nothing twice."
-    found, folders, links = _Below([], Counter(), [], []), [folder], []
+    found, folders, links = _Below([], Counter(), [], [], []), [folder], []
     entered = set()
     while folders or links:
         links.sort()
@@ -68,6 +66,15 @@ def _walk(folder:Path)->_Below: # files sorted
     found.files.sort()
     return found
 
+def _without_bad(found:_Below, folder:Path)->_Below:
+    "Only the pictures that can be read, to the last pixel."
+    tried = _try_all(partial(read_image, size=4, channels=1), found.files, _shown,
+                     f"looking at {_shown(folder)}")
+    errors = [e for _, e in tried]
+    good = [p for p, e in zip(found.files, errors) if not e]
+    return found._replace(files=good, bad=found.bad + [e for e in errors if e],
+                          unreadable=[p for p, e in zip(found.files, errors) if e])
+
 def _not_read(folder:Path, found:_Below)->list[str]:
     "What else there is, and why it is not read."
     said = [f"{_shown(d.relative_to(folder))} (a run: its pictures are samples)"
@@ -75,10 +82,16 @@ def _not_read(folder:Path, found:_Below)->list[str]:
     others = ', '.join(f"{n} {ending}" for ending, n in sorted(found.others.items()))
     return said + [f"{others} (convert them to PNG or JPEG first)"]*bool(others)
 
-def _list_images(folder:Path)->_Below:
+_REMEDY = "; mend or remove them, or let --skip-bad train without them"
+
+def _list_images(
+    folder:Path,         # where they are
+    skip_bad:bool=False, # leave out what cannot be read, instead of an error
+)->_Below:
     "The pictures below a folder; ValueError if there are none, or something is shut."
     found = _walk(folder)
-    if found.bad: raise ValueError(f"cannot be opened: {_named(found.bad)}")
+    if skip_bad: found = _without_bad(found, folder)
+    elif found.bad: raise ValueError(f"cannot be opened: {_named(found.bad)}{_REMEDY}")
     if not found.files:
         more = '; not read: '*bool(said := _not_read(folder, found)) + ', '.join(said)
         raise ValueError(f"no pictures in {_shown(folder)}{more}")
@@ -93,6 +106,7 @@ class _Split(NamedTuple):
     test:list[Path]  # never trained on
     how:str          # how they were told apart
     notes:list[str]  # what is left out
+    bad:int          # how many that cannot be read
 
 def _split_folders(folder:Path)->tuple[Path,Path]|None:
     "The subfolders to train on and to test on, if both are there, in capitals or not."
@@ -114,19 +128,25 @@ def _unused(folder:Path, used:list[Path])->list[str]:
     counts = Counter(_shown(p.parts[0]) if len(p.parts) > 1 else '.' for p in rest)
     return [f"{d} ({n} picture{'s'*(n > 1)})" for d, n in sorted(counts.items())]
 
-def _split_images(folder:Path)->_Split:
+def _split_images(
+    folder:Path,         # with pictures, or with two subfolders of them
+    skip_bad:bool=False, # as for `_list_images`
+)->_Split:
     "Two subfolders if they are there; else a tenth is held out, by name."
     parts = _split_folders(folder)
-    found = [_list_images(d) for d in parts or [folder]]
+    found = [_list_images(d, skip_bad) for d in parts or [folder]]
     notes = [f"not read in {_shown(d)}: {', '.join(said)}"
              for d, f in zip(parts or [folder], found) if (said := _not_read(d, f))]
+    if bad := [b for f in found for b in f.bad]:
+        notes.append(f"left out, since they cannot be read: {_named(bad)}")
     images = found[0].files
     if parts:
-        (train, test), files = parts, found[0].files + found[1].files
+        (train, test), files = parts, [p for f in found for p in f.files + f.unreadable]
         if unused := _unused(folder, files):
             notes.append(f"not used in {_shown(folder)}: {', '.join(unused)}, beside "
                          f"{train.name} and {test.name}")
-        return _Split(images, found[1].files, f"{test.name} is for testing", notes)
+        return _Split(images, found[1].files, f"{test.name} is for testing", notes,
+                      len(bad))
     alone = sorted({p.relative_to(folder).parts[0] for p in images if p.parent != folder
                     and p.relative_to(folder).parts[0].lower() in _TESTS})
     if alone:
@@ -139,7 +159,7 @@ def _split_images(folder:Path)->_Split:
     test = _hold_out([n.encode(errors='surrogateescape') for n in names])
     return _Split([p for p, t in zip(images, test) if not t],
                   [p for p, t in zip(images, test) if t],
-                  "a tenth, by name, is for testing", notes)
+                  "a tenth, by name, is for testing", notes, len(bad))
 
 # %% ../nbs/11c_pictures.ipynb #24b593c1
 def _read_head(path:Path)->tuple[int,int,bool]: # width, height; is it gray for sure?
@@ -151,7 +171,8 @@ def _read_heads(found:list[Path])->list[tuple[int,int,bool]]:
     "What the heads of the files say; if one is no image, an error names all bad files."
     try: return _read_all(_read_head, found, _shown)
     except ValueError:                               # sound heads have bad pixels, too
-        _read_all(partial(read_image, size=4, channels=1), found, _shown)
+        whole = partial(read_image, size=4, channels=1)
+        _read_all(whole, found, _shown, remedy=_REMEDY)
         raise
 
 def _better_side(side:int)->int:
@@ -211,6 +232,30 @@ def _describe(
               "the same as another": copies, "both to train on and to test on": leaked}
     return ''.join(f"; {n} {what}" for what, n in counts.items() if n)
 
+_OUR_NAMES = re.compile(                                 # of the grids that we draw
+    r'(.*_)?(samples|interpolation)(_[0-9]+)?(_chain)?\.png')
+
+def _is_grid(path:Path)->bool:
+    "Is it a picture of many images with white lines between them, by name and pixels?"
+    if not _OUR_NAMES.fullmatch(path.name): return False
+    try:
+        with _open_image(path, ('PNG',)) as im: pixels = np.asarray(im.convert('L'))
+    except Exception: return False               # whatever is wrong is said elsewhere
+    white = np.flatnonzero((pixels == 255).all(0))       # columns
+    if not len(white) or white[0] == 0: return False
+    wide = next((i for i, c in enumerate(white) if c != white[0]+i), len(white))
+    period = int(white[0]) + wide
+    lines = np.arange(pixels.shape[1]) % period >= period-wide
+    whole = (pixels.shape[1]+wide) % period == 0
+    return bool(whole and (pixels[:, lines] == 255).all())
+
+def _note_grids(found:list[Path]):
+    "Point out pictures that are likely drawn by a model of this package."
+    if grids := [p for p in found if _is_grid(p)]:
+        more = f" and {len(grids)-1} more"*(len(grids) > 1)
+        _note(f"{_shown(grids[0])}{more}, among the pictures, looks like a grid that a "
+              "command of this package drew: if so, put it elsewhere")
+
 def _note(said:str):
     "A line on the standard error stream; of several processes one speaks."
     if os.environ.get('RANK', '0') == '0':
@@ -220,13 +265,15 @@ def _read_pictures(
     path:str|Path,          # the folder
     size:int|None=None,     # as for `read_folder`
     channels:int|None=None, # as for `read_folder`
+    skip_bad:bool=False,    # as for `read_folder`
 )->tuple[Tensor,Tensor,str]: # as of `read_folder`; one line of what they are
     "What `read_folder` reads, and how it was chosen."
     folder = Path(path).expanduser()
     if not folder.is_dir(): raise ValueError(f"no such folder: {_shown(folder)}")
-    split = _split_images(folder)
+    split = _split_images(folder, skip_bad)
     for said in split.notes: _note(said)
     found, name = split.train+split.test, f'folder:{path}'
+    _note_grids(found)
     heads = _read_heads(found)
     size, why = _choose_size(found, heads, size)
     depth = channels or (1 if all(gray for _, _, gray in heads) else 3)
@@ -235,7 +282,7 @@ def _read_pictures(
     def read(i):
         x[i], shines = _read_square(found[i], size, depth)
         looks[i] = _look(x[i], shines)
-    _read_all(read, range(len(found)), lambda i: _shown(found[i]), name)
+    _read_all(read, range(len(found)), lambda i: _shown(found[i]), name, _REMEDY)
     colored = [p for p, k in zip(found, looks) if k.color]
     if not channels and not colored: x = x[:, :1].copy()
     kind = 'gray' if x.shape[1] == 1 else 'in color'
@@ -245,6 +292,7 @@ def _read_pictures(
         _note(f"all pixels in {_shown(folder)} are below 16 of 255, nearly black (of "
               "16 bits the upper 8 are kept: stretch values of 12 bits first)")
     about = f"{size}x{size}{why}, {_shown(kind)}{_describe(looks, len(split.train))}"
+    if split.bad: about += f"; {split.bad} that cannot be read, left out"
     x, n = torch.from_numpy(x), len(split.train)
     return x[:n], x[n:], f"{about}; {split.how}"
 
@@ -252,8 +300,9 @@ def read_folder(
     path:str|Path,          # the folder
     size:int|None=None,     # side in pixels; None: the smallest image's, at most 32
     channels:int|None=None, # 1 or 3; None: 1 if all images are gray
+    skip_bad:bool=False,    # leave out what cannot be read, as if it were not there
 )->tuple[Tensor,Tensor]:    # training and test images, uint8 `(n, c, size, size)`
     """The pictures of a folder, cropped to the middle square and resized; without
     `size`, the smallest image's side is rounded down to a multiple of 4. ValueError
     names what cannot be read; what is left out is said in a line."""
-    return _read_pictures(path, size, channels)[:2]
+    return _read_pictures(path, size, channels, skip_bad)[:2]

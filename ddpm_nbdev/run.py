@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .data import Batches, Dataset, load_dataset
 from .ddpm import DDPM, draw_samples
-from .files import load_weights, read_log, write_whole
+from .files import _LOCK, _WRITER, load_weights, read_log, write_whole
 from .machines import any_process, join_processes, rank, size, sum_over_processes
 from .noise import own_randomness
 from .plot import _in_gray_or_color, _visible_scale, save_images
@@ -41,9 +41,8 @@ from .train import (ConfigError, TrainConfig, TrainingDiverged, TrainState,
 # %% ../nbs/13a_run.ipynb #35f36480
 # what may change when a run goes on; the images are known by their checksum
 _RESUMABLE = ('steps', 'log_every', 'checkpoint_every', 'keep_last', 'keep_every',
-              'sample_every', 'sample_n', 'dataset')
-_RESULTS = ('model.safetensors', 'config.json', 'metrics.json', 'samples.png',
-            'curve.png')
+              'sample_every', 'sample_n', 'dataset', 'skip_bad')
+_RESULTS = 'model.safetensors config.json metrics.json samples.png curve.png'.split()
 
 def _check_folder(
     path:Path,       # where a run should go
@@ -217,7 +216,6 @@ def _save_samples(
 
 # %% ../nbs/13a_run.ipynb #6dd237c9
 _HELD = {}          # folder -> (process, thread) of this process that holds it
-_LOCK, _WRITER = '.ddpm_lock', '.ddpm_writer'
 _LOCKLESS = errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK
 
 def _acquire(path):
@@ -331,6 +329,7 @@ def train(
     again:str|None=None,     # what to type to go on (default: the shortest that does)
     init:DDPM|None=None,     # a new run begins with its weights
     watch:Callable=lambda row: None, # is told each line of the log, a dict
+    started=None,            # called when nothing stands in the way any more
 )->DDPM:                     # with the averaged weights; also saved in `out`
     """Algorithm 1, with the optimizer of Appendix B, and with files. ValueError for a
     folder or settings that do not fit, Interrupted when it was stopped and saved,
@@ -352,6 +351,7 @@ def train(
                 if resume:
                     run.restore(state)
                     run.make_up(state)
+                if started: started()
                 _loop(run, state, batches, stop, progress, again, watch)
                 ddpm = state.averaged()
                 if run.writes: ddpm.save(out, state.step)
@@ -368,7 +368,7 @@ def _data_for(
     side, channels, checkpoint = cfg.size, cfg.channels, out/'checkpoint.safetensors'
     if resume and checkpoint.exists():
         channels, _, side = checkpoint_header(checkpoint)['ddpm']['shape']
-    return load_dataset(cfg.dataset, side, channels, data_dir)
+    return load_dataset(cfg.dataset, side, channels, data_dir, cfg.skip_bad)
 
 def _begin_with(state, model):
     "Weights from elsewhere, for the average too. WeightsError unless they fit."

@@ -7,10 +7,13 @@ __all__ = []
 
 # %% ../nbs/19d_runs.ipynb #33e57894
 import importlib
+import os
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from .commands import _choose_device
@@ -23,7 +26,7 @@ from .restart import _restarted, _settings_of_run
 from .run import _check_folder, _data_for
 from .saved import checkpoint_header
 from .schedule import SCHEDULES, describe_schedule
-from .train import EMA, ConfigError, TrainConfig, _changed
+from .train import EMA, ConfigError, TrainConfig, _build_model, _changed
 from .train import preset as preset_settings
 
 # %% ../nbs/19d_runs.ipynb #91057587
@@ -122,6 +125,18 @@ def _settings_for(
     processes = _processes('WORLD_SIZE')
     return preset_settings(_absolute(dataset), name, **{'shards': processes} | changes)
 
+def _check_network(cfg:TrainConfig, data:Dataset):
+    "ConfigError, which says what size would fit, unless the network fits the images."
+    halved, side = len(cfg.model_args.get('ch_mult', [1]))-1, data.shape[-1]
+    better = max(1, round(side/2**halved))*2**halved
+    if side == better or ':' not in data.name: return       # others have their own size
+    try:
+        with torch.device('meta'): _build_model(cfg, data.shape)  # shapes, no memory
+    except ValueError as e:
+        raise ConfigError(f"the network of these settings halves images {halved} "
+                          f"times, and their side is {side}: --size {better} would fit"
+                          ) from e
+
 def _plan_training(
     out:Path,        # the run's folder
     dataset:str,     # what to train on
@@ -140,6 +155,7 @@ def _plan_training(
     finished = resume and checkpoint_header(checkpoint)['step'] == cfg.steps
     device = _choose_device(device)
     data = _data_for(cfg, out, resume, data_dir)
+    _check_network(cfg, data)
     by_name = dataset.startswith('lsun:') and cfg.flip is None   # and a name may change
     if by_name and not resume: cfg = replace(cfg, flip=data.flip)
     return _Plan(cfg, data, device, resume, overwrite, finished, old)
@@ -147,6 +163,23 @@ def _plan_training(
 def _share_of_the_start(cfg)->float:
     "How much of the average is, in the end, still the weights that a run began with."
     return EMA(nn.Identity(), cfg.ema_decay, cfg.ema_warmup).share_left(cfg.steps)
+
+@contextmanager
+def _without_trace(
+    out:Path, # a run's folder
+):
+    "If a new run fails before its first update, remove its empty log."
+    try: yield
+    except BaseException:
+        log, torchrun = out/'log.jsonl.new', 'TORCHELASTIC_RUN_ID' in os.environ
+        if not torchrun and log.exists() and not log.stat().st_size: log.unlink()
+        raise                        # torchrun's next start needs to know of this one
+
+def _note_of_T(T, say):
+    "Point out a chain that is too short."
+    if T < 500:
+        say(f"note: with T={T} the linear schedule, made for T=1000, does not end "
+            "in pure noise; L_T below says how far off it is")
 
 def _announce(plan, dataset, out, say):
     "What is going to happen, and what to keep in mind."
@@ -159,9 +192,7 @@ def _announce(plan, dataset, out, say):
     if plan.finished:
         say("note: this run is finished; to train longer, give more --steps. "
             "Sampling and measuring again")
-    if cfg.T < 500 and not cfg.schedule_args:
-        say(f"note: with T={cfg.T} the linear schedule, made for T=1000, does not end "
-            "in pure noise; L_T below says how far off it is")
+    if not cfg.schedule_args: _note_of_T(cfg.T, say)
     if (left := _share_of_the_start(cfg)) > .05:
         say(f"note: after {cfg.steps} steps {left:.0%} of the average will still be "
             "the weights from before the first; a smaller --ema-decay, --ema-warmup or "

@@ -14,7 +14,8 @@ import threading
 # %% ../nbs/00c_start.ipynb #52d3bb40
 _HOMES = {'ddpm_train': 'cli', 'ddpm_sample': 'cli', 'ddpm_evaluate': 'cli',
           'ddpm_compress': 'codec_cli', 'ddpm_decompress': 'codec_cli',
-          'ddpm_interpolate': 'interpolate_cli', 'ddpm_ablate': 'ablate_cli'}
+          'ddpm_interpolate': 'interpolate_cli', 'ddpm_ablate': 'ablate_cli',
+          'ddpm_runs': 'runs_cli'}
 
 def _answer_ctrl_c(
     name:str, # of the command
@@ -36,9 +37,12 @@ def _ctrl_c_as_before():
 def _begin(
     name:str, # of a command
 ):
-    "Read the module of a command, then run it."
+    "Read the module of a command, unless all can be said before; then run it."
+    def read(module): return importlib.import_module(f'ddpm_nbdev.{module}')
     _answer_ctrl_c(name)
-    try: module = importlib.import_module(f'ddpm_nbdev.{_HOMES[name]}')
+    try:
+        read('options')._answer_soon(name, _HOMES[name])
+        module = read(_HOMES[name])
     finally: _ctrl_c_as_before()
     return getattr(module, name)()
 

@@ -89,6 +89,7 @@ class TrainConfig:
     size:int|None=None       # side of the images (default: theirs, of a folder <= 32)
     channels:int|None=None   # 1 or 3, where there is a choice
     flip:bool|None=None      # mirror half of the images, as suits photographs
+    skip_bad:bool=field(default=False, repr=False) # leave out broken pictures
     T:int=1000               # steps of the diffusion (the paper: 1000)
     schedule:str='linear'    # 'linear', 'constant' or 'quadratic'
     schedule_args:dict=field(default_factory=dict) # its other arguments, such as beta_T
@@ -135,7 +136,7 @@ def _check_settings(cfg):
     need('seed', whole(0, 2**32), "a whole number from 0 to 2**32-1")
     if cfg.flip not in (None, True, False):
         raise ConfigError(f"flip must be True, False or None, got {cfg.flip!r}")
-    for n in ('compile', 'cuda_graph', 'ema_warmup'):
+    for n in ('skip_bad', 'compile', 'cuda_graph', 'ema_warmup'):
         if not isinstance(v := getattr(cfg, n), bool):
             raise ConfigError(f"{n} must be True or False, got {v!r}")
     for n in ('size', 'channels'):

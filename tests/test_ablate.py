@@ -1,6 +1,7 @@
 "ddpm_ablate: stopped and killed at any moment it goes on to the same table, on one process and on two; whatever goes wrong is one line."
 import csv
 import json
+import math
 import os
 import signal
 import time
@@ -196,7 +197,7 @@ WRONG = [
     (["digits", "--table", "schedules", "--only", "mu-vlb-beta"], 2, "known: eps-simple-beta, "), (["digits", "--steps", 0], 2, "steps must be at least 1"),
     (["digits", "--seeds", 0], 2, "seeds must be at least 1"), (["digits", "--seeds", "x"], 2, "invalid int value"), (["digits", "--T", 0], 2, "T must be at least 1"),
     (["digits", "--samples", 1], 2, "samples must be a whole number, at least 2"), (["digits", "--processes", 0], 2, "processes must be at least 1"),
-    (["digits", "--out", "there"], 1, "File exists"), (["digits", "--out", "mine"], 1, "mine holds something else than a table"),
+    (["digits", "--out", "there"], 1, "there is a file, not a folder: choose another --out"), (["digits", "--out", "mine"], 1, "mine holds something else than a table"),
     (["digits", "--out", "mine", "--overwrite"], 1, "mine holds something else than a table"), (["digits", "--out", "broken"], 1, "not JSON"),
     (["digits", "--out", "other"], 1, "the table in other has other settings: dataset was fashion_mnist, is now digits; steps was 9, is now 900")]
 
@@ -212,6 +213,31 @@ def test_refuses(args, status, said, call, here):
     code, out, err = call(ddpm_ablate, *args)
     assert code == status and not out and len(err.strip().splitlines()) == 1 and said in err and err.startswith("ddpm_ablate: "), err
     assert contents(here) == before
+
+
+def test_it_says_what_the_numbers_are_worth(call, here):
+    "Few samples, a short chain, a model that is worse than none; then that nothing was left to train, and how to go on with a table of other settings."
+    args = ["digits", "--only", "eps-vlb-learned", "--seeds", 1, "--steps", 4, "--samples", 16]
+    status, out, err = call(ddpm_ablate, *args, "--T", 30)
+    lines = out.splitlines()
+    assert (status, err) == (0, "") and lines[0].startswith("note: with 16 samples FID is large and says little") and lines[1].startswith("note: with T=30 the linear schedule")
+    assert lines[2].startswith("digits, 1 cell, seed 0: 1 training of 4 updates, about ")
+    row, = _read_rows("ablation")
+    note, = (o for o in lines if "as they are" in o)
+    assert row["total"] > math.log2(17) and note.startswith(f"note: as they are, these images take {math.log2(17):.2f} bits/dim; more is needed by eps-vlb-learned ({row['total']:.1f})")
+    before = contents(here/"ablation"/"eps-vlb-learned-seed0")
+    status, out, err = call(ddpm_ablate, *args, "--T", 30)
+    assert (status, err) == (0, "") and "all of it is there already, so nothing is trained; in ablation" in out and contents(here/"ablation"/"eps-vlb-learned-seed0") == before
+    status, out, err = call(ddpm_ablate, "digits", "--steps", 9)
+    assert (status, out) == (1, "") and "go on with it by --steps 4 --T 30 --samples 16, choose another --out, or --overwrite it" in err
+    assert call(ddpm_ablate, *args, "--T", 30, "--quiet") == (0, "", "")
+
+
+def test_a_table_of_good_rows_has_no_such_note():
+    from ddpm_nbdev.ablate_cli import _notes, _worse_than_none
+    rows = [dict(cell="a", total=2.), dict(cell="a", total=4.), dict(cell="b", total=None), dict(cell="c")]
+    assert not _worse_than_none(rows, 17) and "more is needed by a (4.0), whatever" in _worse_than_none(rows, 8)
+    assert not list(_notes(256, 1000)) and len(list(_notes(99, 499))) == 2
 
 
 def test_somebody_else_writes_there(call, here):

@@ -1,4 +1,5 @@
 "The commands: what they write and print, and that whatever goes wrong is one line and loses nothing."
+import importlib
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ddpm_nbdev import cli, measures, models, quality, watch
+from ddpm_nbdev import cli, measures, models, quality, start, watch
 from ddpm_nbdev import run as cli_run
 from ddpm_nbdev import train as train_module
 from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
@@ -658,7 +659,7 @@ def test_options_of_training_are_the_settings(call):
     status, said, _ = call(ddpm_train, "--help")
     said, comments = " ".join(said.split()), docments(TrainConfig)
     scalars = [f.name for f in fields(TrainConfig) if f.name not in ("dataset", "model", "model_args", "schedule_args")]
-    assert status == 0 and cli._OFFERED.split() == scalars and len(scalars) == 28
+    assert status == 0 and cli._OFFERED.split() == scalars and len(scalars) == 29
     for name in cli._OFFERED.split():
         assert f"--{name.replace('_', '-')}" in said and " ".join(comments[name].split()) in said, name
 
@@ -788,9 +789,125 @@ def test_a_bad_file_of_settings_is_one_line(text, status, said, call, here):
 
 
 def test_every_command_says_its_version(call):
-    from ddpm_nbdev import __version__, ablate_cli, codec_cli, interpolate_cli
-    commands = ddpm_train, ddpm_sample, ddpm_evaluate, codec_cli.ddpm_compress, codec_cli.ddpm_decompress, interpolate_cli.ddpm_interpolate, ablate_cli.ddpm_ablate
+    from ddpm_nbdev import __version__
+    commands = [getattr(importlib.import_module(f"ddpm_nbdev.{home}"), name) for name, home in start._HOMES.items()]
+    assert len(commands) == 8
     for command in commands: assert call(command, "--version") == (0, f"{command.__name__} {__version__}\n", "")
+
+
+@pytest.mark.parametrize("name", start._HOMES)
+def test_what_is_said_without_torch_is_what_the_command_says(name, call, monkeypatch):
+    "Help, version and wrong usage come out of the text of the command's module: the same words as those of the command itself, and torch is not read."
+    command, code = getattr(importlib.import_module(f"ddpm_nbdev.{start._HOMES[name]}"), name), f"import sys; from ddpm_nbdev.start import {name}\ntry: {name}()\nfinally: print('torch' in sys.modules)"
+    monkeypatch.setenv("COLUMNS", "100")
+    for words in (["--help"], ["--version"], ["digits", "--no-such-option", "3"], []):
+        p = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+        status, out, err = call(command, *words)
+        assert (p.returncode, p.stdout, p.stderr) == (status, out+"False\n", err), words
+        assert status == (0 if words[:1] in (["--help"], ["--version"]) else 1 if (name, words) == ("ddpm_runs", []) else 2)
+    assert not [m for m in sys.modules if "outlined" in m]
+
+
+def test_a_list_option_may_be_said_again(call, here, finished):
+    from ddpm_nbdev.options import _parser_of
+    parser = _parser_of("ddpm_interpolate", "interpolate_cli")
+    assert parser.parse_args(["digits", "1", "2", "--t", "5", "6", "--t", "7"]).t == [5, 6, 7]
+
+
+def test_a_command_in_a_notebook_reads_no_command_line_of_jupyter(monkeypatch):
+    "A cell with `ddpm_sample()` used to take the name of Jupyter's connection file for a model."
+    for program in ("/usr/lib/python3/site-packages/ipykernel_launcher.py", "/usr/bin/ipython", "colab_kernel_launcher.py"):
+        monkeypatch.setattr(sys, "argv", [program, "-f", "/run/user/kernel-1.json"])
+        with pytest.raises(ValueError, match=r"without arguments reads the command line, and in a notebook there is none: give them as in ddpm_sample\(what=...\)"): ddpm_sample()
+        with pytest.raises(ValueError, match=r"ddpm_train\(dataset=...\)"): ddpm_train()
+
+
+def test_skip_bad_trains_without_them(call, here, pictures):
+    "The run is the one of the folder without the broken files, and goes on without being told again; other pictures are refused."
+    args = [f"folder:{pictures}", *QUICK, "--samples", 0]
+    (pictures/"broken.png").write_text("no image")
+    failed(call(ddpm_train, *args), 1, "1 of 13 images cannot be read", "broken.png (in an unknown format)", "let --skip-bad train without them")
+    assert not (here/"runs").exists()
+    status, out, err = call(ddpm_train, *args, "--skip-bad", "--out", "a")
+    assert status == 0 and "; 1 that cannot be read, left out; " in out and "note: left out, since they cannot be read: " in err and "broken.png" in err
+    assert call(ddpm_evaluate, "a", "--images", 2, "--curve-images", 1, "--steps", 2)[0] == 0
+    assert call(ddpm_train, f"folder:{pictures}", "--out", "a", "--resume", "--steps", 6, "--samples", 0)[0] == 0
+    (pictures/"broken.png").unlink()
+    assert call(ddpm_train, *args, "--out", "b", "--steps", 6)[0] == 0
+    one, two = (load_file(f"{n}/model.safetensors") for n in "ab")
+    assert one.keys() == two.keys() and all(torch.equal(one[k], two[k]) for k in one)
+    next(p for p in pictures.iterdir() if p.name == "3.png").write_text("broken, too")
+    status, _, err = call(ddpm_train, f"folder:{pictures}", "--out", "a", "--resume", "--steps", 8, "--samples", 0)
+    assert status in (0, 1) and (status == 0 or "the training images are not those it began with" in err)      # 0: it was held out
+    failed(call(ddpm_train, "digits", *QUICK, "--skip-bad"), 1, "only pictures of a folder can be skipped")
+
+
+@pytest.mark.parametrize("args, status, said", [
+    (["digits", "--cuda-graph"], 2, "--cuda-graph: only for one process with a GPU"),
+    (["folder:pictures", "--preset", "cifar10", "--batch-size", "4"], 2, "the network of these settings halves images 3 times, and their side is 12: --size 16 would fit"),
+    (["folder:pictures", "--preset", "cifar10"], 1, "batch size 128 does not fit 18 training images"), (["digits", "--batch-size", "2000"], 1, "batch size 2000"),
+    (["digits", "--out", "there"], 1, "there is a file, not a folder: choose another --out"), (["digits", "--out", "there/run"], 1, "there is a file, not a folder: choose another --out")])
+def test_what_is_refused_is_not_announced(args, status, said, call, here):
+    "One line, no line before it that says what is going to happen, and no folder afterwards."
+    (here/"pictures").mkdir()
+    for i in range(20): Image.fromarray(np.full((12, 12, 3), i, np.uint8)).save(here/f"pictures/{i}.png")
+    (here/"there").write_text("a file")
+    if "cifar10" in args and "--batch-size" not in args: args = [*args, "--size", "8"]
+    code, out, err = call(ddpm_train, *args)
+    assert (code, out) == (status, "") and len(err.splitlines()) == 1 and said in err, err
+    assert sorted(p.name for p in here.iterdir()) == ["pictures", "there"]
+
+
+@pytest.mark.parametrize("error, said", [(RuntimeError("InvalidCxxCompiler: No working C++ compiler found"), "--compile makes code with a compiler, and none is found that works"),
+    (RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"), "out of memory: "),
+    (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 7 bytes."), "out of memory: "), (MemoryError(), "out of memory: "), (KeyboardInterrupt(), "interrupted")])
+def test_a_failed_start_leaves_no_folder(error, said, call, here, run, monkeypatch):
+    "What fails in the first update: one line, and neither an empty log nor the folder is left; a run that was to be replaced is as it was."
+    def fails(*a): raise error
+    monkeypatch.setattr(cli_run, "training_step", fails)
+    before = contents(run)
+    status, _, err = call(ddpm_train, "digits", *QUICK, "--out", "new/run")
+    assert status == (130 if said == "interrupted" else 1) and len(err.strip().splitlines()) == 1 and said in err, err
+    assert not (here/"new").exists()
+    assert call(ddpm_train, "digits", *QUICK, "--out", run, "--overwrite")[0] in (1, 130) and contents(run) == before
+    assert call(ddpm_train, "digits", "--steps", 9, "--out", run, "--resume")[0] in (1, 130) and contents(run) == before
+
+
+def test_torchrun_needs_to_know_of_a_failed_start(here, monkeypatch):
+    "Its next start replaces the run, as was asked for, since the empty log is there."
+    from ddpm_nbdev.runs import _without_trace
+    for env, left in (("1", True), (None, False)):
+        if env: monkeypatch.setenv("TORCHELASTIC_RUN_ID", env)
+        else: monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+        (here/"log.jsonl.new").write_text("")
+        with pytest.raises(ZeroDivisionError), _without_trace(here): 1/0
+        assert (here/"log.jsonl.new").exists() == left
+    (here/"log.jsonl.new").write_text("{}")
+    with pytest.raises(ZeroDivisionError), _without_trace(here): 1/0
+    assert (here/"log.jsonl.new").exists()                                    # somebody's work
+
+
+def test_files_are_as_readable_as_the_user_lets_files_be(call, here):
+    before = os.umask(0o022)
+    try:
+        assert call(ddpm_train, "digits", *QUICK, "--samples", 2, "--sample-every", 2, "--keep-every", 2, "--checkpoint-every", 2)[0] == 0
+        assert call(ddpm_sample, "runs/digits", "--n", 1, "--out", "x.safetensors")[0] == 0
+    finally: os.umask(before)
+    files = [p for p in here.rglob("*") if p.is_file()]
+    assert len(files) > 8 and {oct(p.stat().st_mode & 0o777) for p in files} == {"0o644"}
+
+
+def test_a_file_of_a_run_names_it(call, here, run):
+    assert call(ddpm_sample, run, "--n", 2, "--out", "a.png")[0] == 0
+    assert call(ddpm_sample, run/"model.safetensors", "--n", 2, "--out", "b.png")[0] == 0
+    assert (here/"a.png").read_bytes() == (here/"b.png").read_bytes()
+    failed(call(ddpm_sample, run/"metrics.json"), 1, f"a model is named by its folder: {run}")
+
+
+def test_evaluate_says_what_its_numbers_mean(call, here, run):
+    out = call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1, "--steps", 2)[1]
+    assert f"(fewer bits/dim are better; as they are, such images take {np.log2(17):.2f})\nhalf of the bits are received after " in out
+    assert re.search(r"after \d of 4 reverse steps, (late, as it should be|early: train it longer) \(1 image\)\n", out)
 
 
 def test_no_flip(call, here):
@@ -1092,7 +1209,7 @@ def test_training_outlives_its_output(where, here):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs /proc")
-@pytest.mark.parametrize("command", [["-m", "ddpm_nbdev.cli", "train", "digits"], ["-m", "ddpm_nbdev.codec_cli"], ["-c", "from ddpm_nbdev.start import ddpm_sample; ddpm_sample()"]])
+@pytest.mark.parametrize("command", [["-m", "ddpm_nbdev.cli", "train", "digits"], ["-m", "ddpm_nbdev.codec_cli"], ["-c", "import sys; sys.argv.append('digits'); from ddpm_nbdev.start import ddpm_sample; ddpm_sample()"]])
 def test_ctrl_c_while_torch_is_read(command, here):
     p = subprocess.Popen([sys.executable, *command], env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while p.poll() is None and "torch" not in open(f"/proc/{p.pid}/maps").read(): time.sleep(.002)

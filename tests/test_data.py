@@ -352,7 +352,60 @@ def test_corrupt_files_are_named(tmp_path):
     for path in tmp_path.iterdir(): assert (path in good) != (str(path) in str(e.value))                # all of them
     for said in ("empty.png (an empty file)", "text.jpg (in an unknown format)", "script.png (PostScript in spite of its name)"): assert said in str(e.value)
     for i in range(9, 30): (tmp_path/f"bad{i}.png").touch()
-    with pytest.raises(ValueError, match="34 of 37 images.* and 14 more$"): load_folder(tmp_path)
+    with pytest.raises(ValueError, match="34 of 37 images.* and 14 more .all are listed in .*.txt.; mend or remove them, or let --skip-bad train without them$") as e: load_folder(tmp_path)
+    listed = Path(re.search(r"listed in (.*?)\)", str(e.value))[1])
+    lines = [line.split("\t") for line in listed.read_text().splitlines()]
+    listed.unlink()
+    assert {name for name, _ in lines} == {str(p) for p in tmp_path.iterdir() if p not in good} and len(lines) == 34
+    assert [str(tmp_path/"text.jpg"), "in an unknown format"] in lines
+
+
+def test_a_list_that_cannot_be_written_hides_no_error(tmp_path, monkeypatch):
+    for i in range(30): (tmp_path/f"bad{i}.png").touch()
+    def full(*a, **k): raise OSError(28, "No space left on device")
+    monkeypatch.setattr(formats.tempfile, "NamedTemporaryFile", full)
+    one_line(lambda: load_folder(tmp_path), "30 of 30 images cannot be read: ", "and 10 more; mend or remove them")
+    monkeypatch.undo()
+    monkeypatch.setenv("RANK", "1")                                          # of several processes one writes it
+    with pytest.raises(ValueError, match="and 10 more; mend"): load_folder(tmp_path)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_skip_bad_is_as_if_they_were_not_there(split, tmp_path, capsys):
+    "Also for the split, and a file whose head is sound; a link to nothing is left out, too."
+    places = [tmp_path/"a"/d for d in (("train", "test") if split else ("",))]
+    for d in places:
+        good = [save(d, f"{i}.png", pixels(64, 64, seed=i)) for i in range(12)]
+        (d/"cut.png").write_bytes(good[0].read_bytes()[:2000])
+        (d/"text.jpg").write_text("no image")
+        (d/"gone.png").symlink_to(tmp_path/"nowhere.png")
+    one_line(lambda: load_folder(tmp_path/"a"), "gone.png (a link to nothing)", "; mend or remove them, or let --skip-bad train without them")
+    d = load_folder(tmp_path/"a", skip_bad=True)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("note: left out, since they cannot be read: ") and all(said.count(n) == len(places) for n in ("cut.png", "text.jpg", "gone.png")) and "text.jpg (in an unknown format)" in said
+    assert f"; {3*len(places)} that cannot be read, left out; " in d.about
+    for p in places:
+        for name in ("cut.png", "text.jpg", "gone.png"): (p/name).unlink()
+    e = load_folder(tmp_path/"a")
+    assert torch.equal(d.train, e.train) and torch.equal(d.test, e.test) and "left out" not in e.about and not capsys.readouterr().err
+    assert load_folder(tmp_path/"a", skip_bad=True).about == e.about
+    with pytest.raises(ValueError, match="'digits' is none"): load_dataset("digits", skip_bad=True)
+
+
+def test_grids_of_samples_are_pointed_out(tmp_path, capsys):
+    from ddpm_nbdev.plot import save_images
+    for i in range(12): save(tmp_path, f"{i}.png", pixels(40, 40, seed=i))
+    save(tmp_path, "wood_samples.png", pixels(63, 63))                       # its name only
+    g = torch.Generator().manual_seed(0)
+    x = torch.randint(0, 17, (7, 1, 8, 8), generator=g, dtype=torch.uint8)
+    save_images(x, tmp_path/"other.png", scale=4, levels=17)                 # its lines only
+    load_folder(tmp_path)
+    assert not capsys.readouterr().err
+    for k, (name, ncol, scale) in enumerate((("samples.png", None, 4), ("digits_samples_2.png", 2, 1), ("x_samples_chain.png", 7, 3), ("13_interpolation.png", 3, 8))):
+        save_images(x, tmp_path/name, ncol, scale, levels=17)
+        load_folder(tmp_path)
+        assert re.fullmatch(r"note: .*\.png( and \d more)?, among the pictures, looks like a grid that a command of this package drew: if so, put it elsewhere\n", said := capsys.readouterr().err), said
+        assert (f" and {k} more" in said) == bool(k)
 
 
 HEADS = [(b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer: run git lfs pull"), (b"\n<!DOCTYPE HTML><html>", "a web page in spite of its name"),
@@ -659,6 +712,32 @@ def test_two_processes_at_once(server, tmp_path):
         out, err = p.communicate(timeout=60)
         assert (p.returncode, out) == (0, hashlib.md5(GOOD).hexdigest()+"\n"), err
     assert server.asked["f"] == 1 and left(tmp_path/"net") == ["f"]
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_who_waits_says_so_and_quiet_is_heeded(quiet, server, tmp_path, capsys, monkeypatch):
+    "Also pooch's own line, and the line that says how far a download is."
+    monkeypatch.setattr(_Progress, "quiet", quiet)
+    (tmp_path/"net").mkdir()
+    held = threading.Event()
+    def other():
+        with formats.FileLock(tmp_path/"net/lock"):
+            held.set()
+            time.sleep(1.5)
+    threading.Thread(target=other).start()
+    assert held.wait(60)
+    path = fetch("net", "f", tmp_path)
+    assert path.read_bytes() == GOOD
+    err = capsys.readouterr().err
+    assert ("waiting for another process that downloads f\n" in err) == (not quiet) and (not err) == quiet
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+    line = _Progress("file", 4e6)
+    line.next = 0
+    line.update(3e6)
+    line.close()
+    assert capsys.readouterr().err == ("" if quiet else "\rfile: 3 of 4 MB\rfile: 3 of 4 MB\n")
 
 
 def test_killed_while_downloading(server, tmp_path):
