@@ -907,7 +907,7 @@ def test_a_file_of_a_run_names_it(call, here, run):
 def test_evaluate_says_what_its_numbers_mean(call, here, run):
     out = call(ddpm_evaluate, run, "--images", 2, "--curve-images", 1, "--steps", 2)[1]
     assert f"(fewer bits/dim are better; as they are, such images take {np.log2(17):.2f})\nhalf of the bits are received after " in out
-    assert re.search(r"after \d of 4 reverse steps, (late, as it should be|early: train it longer) \(1 image\)\n", out)
+    assert re.search(r"after \d of 4 reverse steps, (late, as it should be|early: train it longer) \(1 image at every step\)\n", out)
 
 
 def test_no_flip(call, here):
