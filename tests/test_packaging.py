@@ -105,10 +105,14 @@ print([m for m in ("matplotlib", "IPython", "PIL", "ddpm_nbdev.unet", "ddpm_nbde
     assert float(seconds) < .3
 
 
+# Rooms behind the commands, which nobody calls from Python: all that they hold begins with an underscore.
+BEHIND = {"restart", "runs", "sheets", "start", "watch"}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_exports_are_documented(name):
     module = importlib.import_module(f"ddpm_nbdev.{name}")
-    assert module.__all__
+    assert bool(module.__all__) != (name in BEHIND)
     public = {n: getattr(module, n) for n in module.__all__}
     bare = [n for n, o in public.items() if (inspect.isfunction(o) or inspect.isclass(o)) and not (o.__doc__ or "").strip()]
     methods = [f"{c}.{n}" for c, o in public.items() if inspect.isclass(o) for n, f in vars(o).items()
