@@ -19,7 +19,7 @@ def source(cell): return "".join(cell["source"])
 
 def test_there_are_lessons_and_workshops():
     assert len(LESSONS) >= 20 and len(WORKSHOPS) >= 11
-    assert sorted([*LESSONS, *WORKSHOPS, "index", "live"]) == sorted(NOTEBOOKS)
+    assert sorted([*LESSONS, *WORKSHOPS, "index", "live", "before"]) == sorted(NOTEBOOKS)
 
 
 @pytest.mark.parametrize("stem", LESSONS + WORKSHOPS)
