@@ -168,7 +168,7 @@ def _finish(plan, drawn, metrics, out, say, board):
     if len(drawn): _save_samples(drawn, out/'samples.png', plan.data.levels)
     _save_curve(out, plan.cfg.dataset)
     write_json(out/'metrics.json', metrics)
-    if board: board.end(metrics, _measured_before(plan))
+    if board: board.end(metrics)
     (out/'.torchrun').unlink(missing_ok=True)
     _summarize(metrics, out, say)
     if board: say(f"to look at it: {shlex.join(['tensorboard', '--logdir', str(out)])}")
@@ -178,7 +178,7 @@ def _folder_of(dataset):
     kind, _, path = dataset.partition(':')
     return f"runs/{Path(path).expanduser().resolve().name if path else kind}"
 
-_NO_OPTIONS = 'dataset', 'model', 'model_args', 'schedule_args'
+_NO_OPTIONS = 'dataset', 'init', 'model', 'model_args', 'schedule_args'
 _OFFERED = ' '.join(f.name for f in fields(TrainConfig) if f.name not in _NO_OPTIONS)
 
 @command(settings=TrainConfig, offered=_OFFERED, default="default: the preset's")
@@ -216,7 +216,7 @@ def ddpm_train(
         _check_shape(init, first, plan.data)
         again = _resume_command(dataset, out, data_dir=data_dir, samples=samples,
                                 device=device, tensorboard=tensorboard or None)
-        with _board(tensorboard, out, plan.resume, plan.overwrite) as board:
+        with _board(tensorboard, out, plan.overwrite) as board:
             told = [board, _log_lines(quiet, say, plan.cfg.steps, out, plan.resume)]
             ddpm = train(plan.cfg, out, plan.device, plan.resume, plan.overwrite,
                          progress=not quiet, data=plan.data, again=again, init=first,

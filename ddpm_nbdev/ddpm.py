@@ -28,6 +28,17 @@ from .reverse import (MEANS, VARIANCES, _check_mse, p_mean_variance,
 from .saved import _shipped, load_model, save_model
 from .schedule import NoiseSchedule, choose
 
+# %% ../nbs/10_ddpm.ipynb #8a9feea9
+def _watched(
+    steps,    # what to go through
+    progress, # draw a progress bar? or what to call in place of `progress_bar`
+    **total,  # `total`, where the steps do not know it
+):
+    "The steps, and with them whatever shows how far they are."
+    if not progress: return steps
+    bar = progress_bar if progress is True else progress
+    return bar(steps, leave=False, **total)
+
 # %% ../nbs/10_ddpm.ipynb #89d4bdfc
 class BitsPerDim(NamedTuple):
     "The bound of eq. 5 in bits/dim, one number per image, and its three parts."
@@ -234,16 +245,6 @@ class DDPM:
         return cls.load(_shipped(name), device)
 
 # %% ../nbs/10_ddpm.ipynb #06e49610
-def _watched(
-    steps,    # what to go through
-    progress, # draw a progress bar? or what to call in place of `progress_bar`
-    **total,  # `total`, where the steps do not know it
-):
-    "The steps, and with them whatever shows how far they are."
-    if not progress: return steps
-    bar = progress_bar if progress is True else progress
-    return bar(steps, leave=False, **total)
-
 def _sample_batches(
     ddpm:DDPM,            # to sample from
     mine:range,           # which of the images that the seed names

@@ -187,15 +187,20 @@ def _parse_json(
     if level: raise ValueError("nested too deeply")
     return obj
 
+def _check_file(path, most=_LARGEST, what='a configuration'):
+    "WeightsError unless it is a file, no pipe say, that is not too large to be read."
+    if not path.is_file():
+        strange = path.exists() or path.is_symlink()
+        raise WeightsError(f"{path}: {'not a file' if strange else 'no such file'}")
+    if (n := path.stat().st_size) > most:
+        raise WeightsError(f"{path}: {n} bytes are too many for {what}, "
+                           f"at most {most} are read")
+
 def read_json(
     path:str|Path, # a JSON file
 )->dict:
     "Read a JSON object. WeightsError if the file is missing or something else."
-    path = Path(path)
-    if not path.is_file(): raise WeightsError(f"{path}: no such file")
-    if (n := path.stat().st_size) > _LARGEST:
-        raise WeightsError(f"{path}: {n} bytes are too many for a configuration, "
-                           f"at most {_LARGEST} are read")
+    _check_file(path := Path(path))
     try: obj = _parse_json(path.read_text(encoding='utf-8'))
     except ValueError as e: raise WeightsError(f"{path}: not JSON ({e})") from e
     if not isinstance(obj, dict):
@@ -210,7 +215,7 @@ def read_metrics(
     path:str|Path, # a JSON file of a run
 )->dict|None:      # {} if it is not there, None if it holds something else
     "The numbers that earlier commands wrote."
-    if not Path(path).exists(): return {}
+    if not (Path(path).exists() or Path(path).is_symlink()): return {}
     try:
         metrics = read_json(path)
         _check_fields(path, metrics, _METRICS, 'file of metrics')
@@ -224,7 +229,8 @@ def read_log(
     """The log of a run; a last line that was cut off by a crash is left out.
     WeightsError names another line that is damaged."""
     rows, log = [], Path(path)/name
-    if not log.exists(): return []
+    if not (log.exists() or log.is_symlink()): return []
+    _check_file(log, 2**28, 'a log')
     lines = log.read_text(encoding='utf-8', errors='replace').split('\n')
     for i, line in enumerate(lines, 1):
         where = f"{log}, line {i}"

@@ -235,8 +235,9 @@ def _hold(path):
     "A lock on an existing folder, or a ValueError that says who has it."
     try: return _acquire(path)
     except Timeout:
-        try: who = (path/_WRITER).read_text()
-        except OSError: who = "another process"
+        file = path/_WRITER
+        try: who = file.read_text() if file.is_file() else "another process"
+        except (OSError, ValueError): who = "another process"
         raise ValueError(f"{path}: another run writes there ({who}): "
                          "wait for its end, or choose another --out") from None
     except PermissionError as e:

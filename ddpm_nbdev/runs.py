@@ -19,7 +19,7 @@ from torch import nn
 from .commands import _choose_device
 from .data import Dataset, _absolute
 from .ddpm import DDPM
-from .files import WeightsError, read_json, read_metrics
+from .files import WeightsError, _check_file, read_json, read_metrics
 from .machines import _processes, size
 from .models import find_model
 from .restart import _restarted, _settings_of_run
@@ -45,13 +45,15 @@ def _check_call(
 
 def _read_toml(path):
     "A TOML file. WeightsError if it cannot be read."
-    if not path.is_file(): raise WeightsError(f"{path}: no such file")
+    _check_file(path)
     try: toml = importlib.import_module('tomllib')
     except ImportError as e:
         raise WeightsError(f"{path}: TOML needs Python 3.11 or later; "
                            "write it as JSON") from e
     try: return toml.loads(path.read_text(encoding='utf-8'))
     except ValueError as e: raise WeightsError(f"{path}: not TOML ({e})") from e
+    except RecursionError as e:
+        raise WeightsError(f"{path}: not TOML (nested too deeply)") from e
 
 def _settings_in(
     file:str|Path, # JSON, TOML, a run's metrics.json, checkpoint or folder
@@ -65,7 +67,7 @@ def _settings_in(
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: its config must be a table, "
                           f"got {type(found).__name__}")
-    return {k: v for k, v in found.items() if k != 'dataset'}
+    return {k: v for k, v in found.items() if k not in ('dataset', 'init')}
 
 # %% ../nbs/19d_runs.ipynb #2f7dd1be
 def _settings_of_model(ddpm:DDPM)->dict: # fields of TrainConfig
@@ -96,7 +98,7 @@ def _begins_with(
     if 'schedule' in settings: del own['schedule_args']     # they are another one's
     net = own['model_args']
     if 'dropout' in net: net['dropout'] = settings.get('dropout', net['dropout'])
-    return ddpm, own | settings
+    return ddpm, own | settings | {'init': init}
 
 def _check_shape(init, ddpm, data):
     "ValueError unless the images are those of a model."
@@ -192,7 +194,9 @@ def _announce(plan, dataset, out, say):
     if plan.finished:
         say("note: this run is finished; to train longer, give more --steps. "
             "Sampling and measuring again")
-    if not cfg.schedule_args: _note_of_T(cfg.T, say)
+    if cfg.init and not plan.resume: say(f"it begins with the weights of {cfg.init}")
+    usual = {}, {'beta_1': 1e-4, 'beta_T': .02}             # the paper's, said or not
+    if cfg.schedule == 'linear' and cfg.schedule_args in usual: _note_of_T(cfg.T, say)
     if (left := _share_of_the_start(cfg)) > .05:
         say(f"note: after {cfg.steps} steps {left:.0%} of the average will still be "
             "the weights from before the first; a smaller --ema-decay, --ema-warmup or "

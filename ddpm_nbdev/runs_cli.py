@@ -16,9 +16,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from .files import (_LOCK, _RUN, _WRITER, WeightsError, _check_fields, _number,
-                              _shown, _TEXT, _whole, checkpoint_header, read_header,
-                              read_log, read_metrics)
+from .files import (_LOCK, _RUN, _TEXT, _WRITER, WeightsError, _check_fields,
+                              _check_file, _number, _shown, _whole, checkpoint_header,
+                              read_header, read_log, read_metrics)
 from .options import plain_command
 
 # %% ../nbs/20d_runs_cli.ipynb #8ed9c251
@@ -33,9 +33,11 @@ def _who_writes(
     folder:Path, # of a run
 )->str|None:     # None: nobody
     "Who trains there now, in words."
-    try: said = (folder/_WRITER).read_text(encoding='utf-8', errors='replace')
-    except OSError: return None
-    m = re.fullmatch(r'process (\d+) on (.+), since ([-0-9 :]+)', said)
+    try:
+        _check_file(folder/_WRITER, 1000)
+        said = (folder/_WRITER).read_text(encoding='utf-8', errors='replace')
+    except (WeightsError, OSError): return None
+    m = re.fullmatch(r'process (\d{1,9}) on (.+), since ([-0-9 :]+)', said)
     if not m or not (folder/_LOCK).exists(): return None
     number, host, since = m.groups()
     if host != socket.gethostname():
@@ -90,10 +92,12 @@ def _read_run(
     header = checkpoint_header(checkpoint) if checkpoint.exists() else None
     if header: _check_fields(checkpoint, header, _SETTINGS, 'checkpoint')
     elif (model := folder/'model.safetensors').exists(): read_header(model)
-    losses = [row['loss'] for row in read_log(folder)[-10:]]
+    early = header is None and (folder/'log.jsonl.new').exists()
+    rows = read_log(folder, 'log.jsonl.new') if early else read_log(folder)
+    losses = [row['loss'] for row in rows[-10:]]
     found = {'state': _state_of(folder, header, who), 'writer': who,
              'loss': sum(losses)/len(losses) if losses else None}
-    if header is None: return found
+    if header is None: return found | ({'step': rows[-1]['step']} if rows else {})
     if (metrics := read_metrics(file := folder/'metrics.json')) is None:
         raise WeightsError(f"{file}: not a usable file of metrics")
     found |= {'dataset': header['config']['dataset'], 'step': header['step'],
@@ -102,16 +106,24 @@ def _read_run(
     if found['state'] in ('stopped', 'trained'): found['again'] = _again(folder, header)
     return found
 
+def _stat_of(path):
+    "Of a file that counts: not of a lock, nor of one that has just vanished."
+    try: ours = path.name not in (_LOCK, _WRITER) and path.is_file()
+    except OSError: return None
+    try: return path.stat() if ours else None
+    except FileNotFoundError: return None
+
 def _describe_run(
     folder:Path, # of a run
 )->dict:
     "What is known of a run, damaged or not; sizes and times need no file to be whole."
-    ours = _LOCK, _WRITER
-    found = [p.stat() for p in folder.rglob('*') if p.is_file() and p.name not in ours]
-    sizes = {s.st_ino: s.st_size for s in found}     # a file may have two names
-    known = {'run': str(folder), 'bytes': sum(sizes.values()),
-             'changed': max((s.st_mtime for s in found), default=0.)}
-    try: return known | _read_run(folder)
+    known = {'run': str(folder), 'bytes': 0, 'changed': 0.}
+    try:
+        found = [s for p in folder.rglob('*') if (s := _stat_of(p))]
+        sizes = {s.st_ino: s.st_size for s in found}     # a file may have two names
+        known |= {'bytes': sum(sizes.values()),
+                  'changed': max((s.st_mtime for s in found), default=0.)}
+        return known | _read_run(folder)
     except (WeightsError, OSError) as e:
         said = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
         said = said.removeprefix(f"{folder}/")       # the line begins with the folder
@@ -126,7 +138,8 @@ def _find_runs(
     try: below = list(os.scandir(folder))
     except OSError: return []
     if {'log.jsonl.new', *_RUN} & {e.name for e in below}: return [folder]
-    folders = [e for e in below if deep and not e.name.startswith('.') and e.is_dir()]
+    folders = [e for e in below if deep and not e.name.startswith('.')
+               and (folder/e.name).is_dir()]               # False for a loop of links
     return [run for e in folders for run in _find_runs(folder/e.name, deep-1)]
 
 def _size(n:int)->str:
@@ -144,8 +157,9 @@ def _row(
     if run['state'] == 'damaged':
         return [_shown(run['run']), f"damaged: {run['error']}"]
     def number(key): return '' if (v := run.get(key)) is None else f"{v:.3f}"
-    steps = f"{run['step']} of {run['steps']}" if 'step' in run else ''
-    day = time.strftime('%Y-%m-%d %H:%M', time.localtime(run['changed']))
+    steps = ' of '.join(str(run[k]) for k in ('step', 'steps') if k in run)
+    try: day = time.strftime('%Y-%m-%d %H:%M', time.localtime(run['changed']))
+    except (ValueError, OSError, OverflowError): day = 'no such day'
     return [_shown(run['run']), _shown(run.get('dataset', '')), steps, number('loss'),
             number('bits_per_dim'), run['state'], _size(run['bytes']), day]
 
@@ -164,6 +178,9 @@ def _listed(
     writers = [(run['run'], run['writer']) for run in runs if run.get('writer')]
     lines += [f"training {_shown(name)}: {who}" for name, who in writers]
     again = [_shown(run['again']) for run in runs if 'again' in run]
+    lost = [_shown(run['run']) for run in runs if run['state'] == 'begun']
+    lines += [f"{name} stopped before its first checkpoint: it can only be started "
+              "again, by the command that began it" for name in lost]
     return '\n'.join(lines + [f"to go on: {line}" for line in again])
 
 def _as_json(runs): return json.dumps(runs, indent=1)

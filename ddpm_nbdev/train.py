@@ -90,6 +90,7 @@ class TrainConfig:
     channels:int|None=None   # 1 or 3, where there is a choice
     flip:bool|None=None      # mirror half of the images, as suits photographs
     skip_bad:bool=field(default=False, repr=False) # leave out broken pictures
+    init:str|None=field(default=None, repr=False)  # whose weights it began with
     T:int=1000               # steps of the diffusion (the paper: 1000)
     schedule:str='linear'    # 'linear', 'constant' or 'quadratic'
     schedule_args:dict=field(default_factory=dict) # its other arguments, such as beta_T

@@ -219,21 +219,18 @@ class _Board:
     "The log and the samples of a run, as TensorBoard reads them: in tensorboard/."
     def __init__(self,
         out:Path,       # the run's folder
-        resume:bool,    # does it go on?
         overwrite:bool, # does it replace another?
     ):
         self.out, self.folder, self.waits = out, out/'tensorboard', overwrite
-        self.rows, self.writer, self.purge, self.drawn = [], None, None, 0
+        self.rows, self.writer, self.drawn = [], None, 0
         self.last = dict(step=0, seconds=0.)
-        self.old = [*self.folder.glob('*tfevents*')]
-        if resume:
-            begun = checkpoint_header(out/'checkpoint.safetensors')['step']
-            kept = [row for row in read_log(out) if row['step'] <= begun]
-            if self.old: self.drawn, self.purge = begun, begun+1
-            else: self.rows = kept
-            if self.old and kept: self.last = kept[-1]
-        elif not overwrite:
-            for p in self.old: p.unlink()         # of a start that came to nothing
+
+    def begin(self):
+        "A new copy of what the log and the folder hold: they are the truth."
+        for p in self.folder.glob('*tfevents*'): p.unlink()
+        new = (self.out/(name := 'log.jsonl.new')).exists()
+        self.rows = read_log(self.out, name) if new else read_log(self.out)
+        self.writer = _summary_writer()(str(self.folder))
 
     def __call__(self,
         row:dict, # of the log
@@ -245,9 +242,9 @@ class _Board:
     def write(self):
         "Copy what is there, once the run has a checkpoint if it replaces another."
         if self.waits and (self.out/'log.jsonl.new').exists(): return
-        if not self.writer:
-            self.writer = _summary_writer()(str(self.folder), purge_step=self.purge)
+        if not self.writer: self.begin()
         for row in self.rows:
+            if row['step'] <= self.last['step']: continue     # copied already
             pace = (row['seconds']-self.last['seconds'])/(row['step']-self.last['step'])
             numbers = {k: row[k] for k in ('loss', 'grad_norm', 'lr')}
             for name, v in (numbers | {'seconds_a_step': pace}).items():
@@ -267,11 +264,9 @@ class _Board:
 
     def end(self,
         metrics:dict, # of the finished run
-        anew:bool,    # were these weights measured before?
     ):
         "What was measured and drawn at the end."
         self.write()
-        if anew and self.old: return
         steps = metrics['config']['steps']
         for part, bits in metrics['bits_per_dim'].items():
             self.writer.add_scalar(f'bits_per_dim/{part}', bits['total'], steps)
@@ -282,11 +277,10 @@ class _Board:
 def _board(
     wanted:bool,                # was --tensorboard given?
     out:Path,                   # the run's folder
-    resume:bool,                # does the run go on?
     overwrite:bool,             # does it replace another?
 ):
     "A board, closed behind the block; None if unwanted, or not the first process."
-    board = _Board(out, resume, overwrite) if wanted and not rank() else None
+    board = _Board(out, overwrite) if wanted and not rank() else None
     try: yield board
     finally:
         if board and board.writer: board.writer.close()

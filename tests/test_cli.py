@@ -975,6 +975,38 @@ def test_tensorboard(from_the_start, call, here, monkeypatch):
     assert max(same_as_the_log(run)["loss"]) == 8 and len(list((run/"tensorboard").iterdir())) == 1
 
 
+@pytest.mark.parametrize("moment", ["the first checkpoint", "a checkpoint with pictures"])
+def test_tensorboard_has_no_hole_after_a_kill(moment, call, here, monkeypatch):
+    "What a run that died had not copied is copied when it goes on."
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    args = ["digits", *QUICK, "--steps", 8, "--log-every", 2, "--checkpoint-every", 4, "--sample-every", 4, "--sample-n", 2, "--samples", 2, "--out", "run", "--tensorboard"]
+    def gone(*args): raise RuntimeError("the machine is gone")
+    with monkeypatch.context() as m:
+        if moment == "the first checkpoint": m.setattr(cli_run, "_end_earlier_run", gone)
+        else: m.setattr(cli_run.RunFolder, "draw", gone)
+        with pytest.raises(RuntimeError): call(ddpm_train, *args)
+    assert call(ddpm_train, "digits", "--resume", "--samples", 2, "--out", "run", "--tensorboard")[0] == 0
+    found = same_as_the_log(here/"run")
+    assert list(found["loss"]) == [2, 4, 6, 8] and list(found["samples"]) == [4, 8]
+
+
+def test_a_run_knows_what_it_began_with(call, here):
+    "On the screen, in its numbers; settings taken from it do not pretend to."
+    assert call(ddpm_train, "digits", *QUICK, "--samples", 0, "--out", "a")[0] == 0
+    status, out, err = call(ddpm_train, "digits", *QUICK, "--samples", 0, "--out", "b", "--init", "a")
+    assert (status, err) == (0, "") and "it begins with the weights of a\n" in out and "does not end in pure noise" in out
+    assert json.loads((here/"b/metrics.json").read_text())["config"]["init"] == "a"
+    assert call(ddpm_train, "digits", "--samples", 0, "--out", "c", "--config", "b/metrics.json")[0] == 0
+    assert json.loads((here/"c/metrics.json").read_text())["config"]["init"] is None
+
+
+def test_settings_that_cannot_be_read_as_toml(call, here):
+    (here/"deep.toml").write_text("a = " + "["*100_000)
+    failed(call(ddpm_train, "digits", "--config", "deep.toml"), 1, "deep.toml: not TOML (nested too deeply)")
+    with open(here/"large.toml", "wb") as f: f.truncate(2**31)
+    failed(call(ddpm_train, "digits", "--config", "large.toml"), 1, "too many for a configuration")
+
+
 def test_tensorboard_changes_no_weight(call, here):
     pytest.importorskip("tensorboard", reason="tensorboard is not installed")
     for out, more in (("with", ["--tensorboard"]), ("without", [])): assert call(ddpm_train, "digits", *QUICK, "--samples", 0, "--out", out, *more)[0] == 0

@@ -113,6 +113,20 @@ console.log(JSON.stringify(answers(D, b.buffer.slice(b.byteOffset, b.byteOffset 
     compare(json.loads(res.stdout), right)
 
 
+@pytest.mark.skipif(not NODE, reason="Node is not installed")
+@pytest.mark.parametrize("entry", ['{"dtype":"F32","shape":[4],"data_offsets":[-16,0]}', '{"dtype":"F32","shape":[4],"data_offsets":[0,"x"]}',
+                                   '{"dtype":"F32","shape":[1000000000,1000000000],"data_offsets":[0,16]}', '{"dtype":"F32","shape":"x","data_offsets":[0,16]}',
+                                   '{"dtype":"F32","shape":[400],"data_offsets":[0,1600]}', '{"dtype":"I64","shape":[2],"data_offsets":[0,16]}'])
+def test_a_file_that_lies_is_refused(entry, tmp_path):
+    (tmp_path/"ask.mjs").write_text(f"""import * as D from {json.dumps((LIVE/"ddpm.mjs").as_uri())};
+const header = new TextEncoder().encode({json.dumps('{"a":' + entry + '}')}), file = new Uint8Array(8 + header.length + 16);
+new DataView(file.buffer).setBigUint64(0, BigInt(header.length), true);
+file.set(header, 8);
+try {{ D.readSafetensors(file.buffer); console.log("accepted"); }} catch (e) {{ console.log("refused"); }}""")
+    res = subprocess.run([NODE, "ask.mjs"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert res.stdout == "refused\n", res.stdout + res.stderr
+
+
 def test_one_file_is_whole():
     "All modules are in it, none is loaded; what a page needs to know of itself stands in the notebook."
     sys.path.insert(0, str(ROOT/"tools"))

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import socket
 import subprocess
@@ -72,8 +73,9 @@ def test_what_is_said_of_runs(runs, call):
     assert half["again"] == _again(runs.relative_to(runs.parent)/"half way", checkpoint_header(runs/"half way/checkpoint.safetensors"))
     status, out, err = call(ddpm_runs)
     lines = out.splitlines()
-    assert (status, err, len(lines)) == (0, "", 5) and lines[-1] == f"to go on: {half['again']}"
-    assert [line.split("  ")[0] for line in lines] == ["run", "runs/half way", "runs/begun", "runs/done", lines[-1]]
+    assert (status, err, len(lines)) == (0, "", 6) and lines[-1] == f"to go on: {half['again']}"
+    assert lines[-2] == "runs/begun stopped before its first checkpoint: it can only be started again, by the command that began it"
+    assert [line.split("  ")[0] for line in lines] == ["run", "runs/half way", "runs/begun", "runs/done", *lines[-2:]]
     assert f"12 of 12  {done['loss']:.3f}  {done['bits_per_dim']:8.3f}  finished" in lines[3]
     assert list(listed(call, "runs/done")) == ["runs/done"]                   # a single run
 
@@ -129,7 +131,7 @@ def test_a_damaged_run_is_one_line(runs, call):
             wrong += 1
             status, out, err = call(ddpm_runs)
             line, = (o for o in out.splitlines() if o.startswith("runs/done"))
-            assert status == 0 and not err and len(out.splitlines()) == 5 and "damaged: " in line and line.endswith(found["runs/done"]["error"])
+            assert status == 0 and not err and len(out.splitlines()) == 6 and "damaged: " in line and line.endswith(found["runs/done"]["error"])
         file.write_bytes(raw)
     assert wrong > 20 and listed(call)["runs/done"]["state"] == "finished"
 
@@ -148,7 +150,44 @@ def test_what_is_there_in_place_of_files(runs, call):
     (runs/"a\nname/log.jsonl").write_text("")
     found = listed(call)
     assert found["runs/done"]["state"] == found["runs/begun"]["state"] == "damaged" and "runs/a\nname" in found
-    assert len(call(ddpm_runs)[1].splitlines()) == 6
+    assert len(call(ddpm_runs)[1].splitlines()) == 7
+
+
+def test_a_run_without_a_checkpoint_says_how_far_it_is(runs, call):
+    rows = [dict(step=s, loss=1/s, grad_norm=1., lr=.1, seconds=1.*s) for s in (5, 10)]
+    (runs/"begun/log.jsonl.new").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    found = listed(call)["runs/begun"]
+    assert found["step"] == 10 and abs(found["loss"] - .15) < 1e-12 and "steps" not in found
+    line, = (line for line in call(ddpm_runs)[1].splitlines() if line.startswith("runs/begun "))
+    assert re.search(r" 10 +0\.150 +begun", line) or "before its first" in line
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
+def test_nothing_strange_hides_a_run_or_waits(runs, call):
+    "A pipe, loops of links, a number of 5,000 digits, a log of a gigabyte, a day that no calendar has."
+    log = runs/"done/log.jsonl"
+    text = log.read_text()
+    def states(): return {k: v["state"] for k, v in listed(call).items()}
+    def damaged(said):
+        found = listed(call)
+        assert found["runs/done"]["state"] == "damaged" and said in found["runs/done"]["error"] and found["runs/half way"]["state"] == "stopped"
+    log.unlink()
+    os.mkfifo(log)
+    damaged("not a file")
+    log.unlink()
+    log.symlink_to("log.jsonl")
+    damaged("not a file")
+    log.unlink()
+    with open(log, "wb") as f: f.truncate(2**30)
+    damaged("too many for a log")
+    log.write_text(text)
+    (runs/"loop").symlink_to("loop")
+    (runs/"done/.ddpm_lock").touch()
+    (runs/"done/.ddpm_writer").write_text(f"process {'9'*5000} on {socket.gethostname()}, since 2020-01-01 00:00:00")
+    assert states()["runs/done"] == "finished"
+    (runs/"done/.ddpm_writer").unlink()
+    os.mkfifo(runs/"done/.ddpm_writer")
+    assert states()["runs/done"] == "finished" and "runs/loop" not in states()
 
 
 def test_no_runs(runs, call, tmp_path):

@@ -15,14 +15,16 @@ export function readSafetensors(buffer) {
   const view = new DataView(buffer), n = Number(view.getBigUint64(0, true));
   if (n > buffer.byteLength - 8) throw Error("the weights are cut short: reload the page");
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 8, n)));
-  const tensors = {};
-  for (const [name, {dtype, shape, data_offsets: [from, to]}] of Object.entries(header)) {
+  const tensors = Object.create(null), sizes = {F32: 4, F16: 2};
+  let total = 0;
+  for (const [name, {dtype, shape, data_offsets}] of Object.entries(header)) {
     if (name === "__metadata__") continue;
-    if (8 + n + to > buffer.byteLength) throw Error("the weights are cut short: reload the page");
+    if (!(dtype in sizes)) throw Error(`${name} is ${dtype}, which this page does not read`);
+    const whole = [...shape, ...data_offsets].every(v => Number.isSafeInteger(v) && v >= 0), [from, to] = data_offsets;
+    if (!whole || to - from !== sizes[dtype]*shape.reduce((a, b) => a*b, 1)) throw Error(`${name}: its shape does not fit its place in the file`);
+    if (8 + n + to > buffer.byteLength || (total += to - from) > buffer.byteLength) throw Error("the weights are cut short: reload the page");
     const bytes = buffer.slice(8 + n + from, 8 + n + to);
-    if (dtype === "F32") tensors[name] = {shape, data: new Float32Array(bytes)};
-    else if (dtype === "F16") tensors[name] = {shape, data: Float32Array.from(new Uint16Array(bytes), half)};
-    else throw Error(`${name} is ${dtype}, which this page does not read`);
+    tensors[name] = {shape, data: dtype === "F32" ? new Float32Array(bytes) : Float32Array.from(new Uint16Array(bytes), half)};
   }
   return tensors;
 }
