@@ -158,8 +158,8 @@ def test_a_run_without_a_checkpoint_says_how_far_it_is(runs, call):
     (runs/"begun/log.jsonl.new").write_text("".join(json.dumps(r) + "\n" for r in rows))
     found = listed(call)["runs/begun"]
     assert found["step"] == 10 and abs(found["loss"] - .15) < 1e-12 and "steps" not in found
-    line, = (line for line in call(ddpm_runs)[1].splitlines() if line.startswith("runs/begun "))
-    assert re.search(r" 10 +0\.150 +begun", line) or "before its first" in line
+    lines = [line for line in call(ddpm_runs)[1].splitlines() if line.startswith("runs/begun ")]
+    assert len(lines) == 2 and re.search(r" 10 +0\.150 +begun", lines[0]) and "before its first checkpoint" in lines[1]
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="Windows has no named pipes")
