@@ -658,7 +658,7 @@ def test_options_of_training_are_the_settings(call):
     from fastcore.docments import docments
     status, said, _ = call(ddpm_train, "--help")
     said, comments = " ".join(said.split()), docments(TrainConfig)
-    scalars = [f.name for f in fields(TrainConfig) if f.name not in ("dataset", "model", "model_args", "schedule_args")]
+    scalars = [f.name for f in fields(TrainConfig) if f.name not in ("dataset", "init", "model", "model_args", "schedule_args")]
     assert status == 0 and cli._OFFERED.split() == scalars and len(scalars) == 29
     for name in cli._OFFERED.split():
         assert f"--{name.replace('_', '-')}" in said and " ".join(comments[name].split()) in said, name

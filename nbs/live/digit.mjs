@@ -75,10 +75,10 @@ function drawing(title, changed) {
 const VARIANCES = {beta: "β", beta_tilde: "β̃", optimal: "optimal"};
 const HINTS = {
   beta: "σ² = β: the variance this network was trained with, right if nothing is known of x₀ but its scale.",
-  beta_tilde: "σ² = β̃: the smaller end, right if x₀ were known. Over 1,000 steps you will hardly see a difference; over 20 you will.",
+  beta_tilde: "σ² = β̃: the smaller end, right if x₀ were known. Over 1,000 steps the two draw alike; over 20 this one draws better digits.",
   optimal: "The optimal σ²: β̃ and what the measured error of x̂₀ adds. It costs the fewest bits; it need not look best.",
   z1: "z is on: fresh noise in each step, as in Algorithm 2.",
-  z0: "z is off: every step goes to the mean. No chance after the first noise, and what comes out is no fair sample any more.",
+  z0: "z is off: every step goes to the mean. The chain forgets where it began: from pure noise it is nearly always a 9, and no sample.",
   clamp1: "x̂₀ is cut to [-1, 1] before it is used, as in the official code.",
   clamp0: "x̂₀ is not cut: look at it near t = T, where a small error of ε is multiplied by 1/√ᾱ, more than 150 there.",
 };

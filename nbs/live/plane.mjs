@@ -12,7 +12,7 @@ export function plane(place) {
   const slider = el("input", {type: "range", min: 0, max: 1000, value: 1000, oninput: () => { stop(); forward(Number(slider.value)); }});
   const number = el("output", {class: "live-number"}), says = el("p", {class: "live-says", "aria-live": "polite"});
   const arrows = el("input", {type: "checkbox", checked: true, onchange: () => draw()});
-  const z = el("input", {type: "checkbox", checked: true, onchange: () => { says.textContent = z.checked ? "z on: Algorithm 2." : "z off: each point goes to the mean. The cloud ends in the middle of what is near it, not everywhere on your points."; }});
+  const z = el("input", {type: "checkbox", checked: true, onchange: () => { says.textContent = z.checked ? "z on: Algorithm 2." : "z off: each point goes to the mean. The whole cloud shrinks to one place and ends on one of your points; with noise it ends on all of them."; }});
   const kind = el("select", {}, el("option", {value: "beta"}, "β"), el("option", {value: "beta_tilde"}, "β̃"));
   const go = el("button", {type: "button", class: "live-main", onclick: () => timer ? stop() : run()}, "Run");
   const flat = () => Float64Array.from({length: 2*CLOUD}, (_, i) => centers.length ? centers[(i>>1)%centers.length][i&1] : 0);
