@@ -215,7 +215,7 @@ def test_it_draws_what_the_command_draws(live, ddpm):
     place.get_by_label("chain of").select_option("20")
     place.get_by_label("variance").select_option("beta_tilde")
     place.get_by_text("Start from pure noise").click()
-    place.get_by_text("New noise").click()
+    place.get_by_role("button", name="New noise", exact=True).click()      # the words below the pictures say it too
     live.wait_for_selector(".live[data-part=digit][data-t='1000']")
     place.get_by_role("button", name="Run", exact=True).click()
     live.wait_for_selector(".live[data-part=digit][data-t='0']")
