@@ -34,12 +34,18 @@ def _ctrl_c_as_before():
     if hasattr(signal.getsignal(signal.SIGINT), 'of_a_start'):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+def _wait_briefly():
+    "Let threads that wait for others sleep soon (GNU's OpenMP); whoever set it knows."
+    told = os.environ.keys() & {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY', 'OMP_NUM_THREADS'}
+    if not told: os.environ['GOMP_SPINCOUNT'] = '1000'
+
 def _begin(
     name:str, # of a command
 ):
     "Read the module of a command, unless all can be said before; then run it."
     def read(module): return importlib.import_module(f'ddpm_nbdev.{module}')
     _answer_ctrl_c(name)
+    _wait_briefly()                                      # read where PyTorch is imported
     try:
         read('options')._answer_soon(name, _HOMES[name])
         module = read(_HOMES[name])

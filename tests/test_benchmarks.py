@@ -187,3 +187,13 @@ def test_the_stored_gpu_run_fits_its_pictures():
     assert len(stored["right"]["tests"]) == 17 and all(t.startswith("PASSED") for t in stored["right"]["tests"])
     total = stored["judge"]["test"]["L_T"] + pictures["test_terms"][1:].double().sum().item()
     assert total == pytest.approx(stored["judge"]["test"]["total"], rel=1e-5)
+
+
+def test_busy_tries_each_count_beside_each_number_of_programs(tmp_path):
+    path = tmp_path/"busy.json"
+    run = subprocess.run([sys.executable, ROOT/"benchmarks/busy.py", "--rounds", "1", "--seconds", "0", "--json", path], text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert {r["busy"] for r in rows} == {0, 1, os.cpu_count()} and {r["count"] for r in rows} == {None, 100_000, 10_000, 1_000, 0}
+    assert all(len(r["ms"]) == 1 and r["ms"][0] > 0 for r in rows)
+    assert run.stdout.count("\n") == 2+len({r["busy"] for r in rows})
