@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from .fused import norm_silu
+from .fused import Dropout, norm_silu
 
 # %% ../nbs/11_unet.ipynb #a49b09c0
 def timestep_embedding(
@@ -69,7 +69,7 @@ class ResBlock(nn.Module):
         self.conv1 = _conv3x3(c_in, c_out)
         self.temb_proj = _init(nn.Linear(temb_dim, c_out))
         self.norm2 = _group_norm(groups, c_out)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.conv2 = _conv3x3(c_out, c_out, zero=True)
         self.shortcut = nn.Identity() if c_in == c_out else _conv1x1(c_in, c_out)
 

@@ -534,7 +534,7 @@ def test_low_precision_copy_samples_alike(data, tmp_path):
 def test_compile_is_asked_for_and_changes_nothing(data, tmp_path, monkeypatch):
     real, asked = torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda m: asked.append(m) or real(m, backend="aot_eager"))
-    a, b = (train(replace(TINY, compile=c, steps=6), tmp_path/str(c), data=data) for c in (False, True))
+    a, b = (train(replace(TINY, compile=c, steps=6, dropout=0.), tmp_path/str(c), data=data) for c in (False, True))   # its masks are others
     assert len(asked) == 1
     for p, q in zip(a.model.parameters(), b.model.parameters()): torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-5)
 
