@@ -79,7 +79,7 @@ def _mask(x, drawn):
     return mask.mul_(x).mul_(2**16/(2**16-cut))
 
 class Dropout(nn.Dropout):
-    "nn.Dropout with masks from fewer random bits, which are made again, not kept (CPU)."
+    "nn.Dropout, but on a CPU its masks cost fewer random bits and are not kept."
     def forward(self,
         x:Tensor,  # features, any shape
     )->Tensor:     # same shape

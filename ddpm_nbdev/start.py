@@ -45,7 +45,7 @@ def _begin(
     "Read the module of a command, unless all can be said before; then run it."
     def read(module): return importlib.import_module(f'ddpm_nbdev.{module}')
     _answer_ctrl_c(name)
-    _wait_briefly()                                      # read where PyTorch is imported
+    _wait_briefly()                                      # read with PyTorch
     try:
         read('options')._answer_soon(name, _HOMES[name])
         module = read(_HOMES[name])
