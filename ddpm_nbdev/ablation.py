@@ -273,7 +273,7 @@ def _stable(rows):
     "What became of the trainings of one cell, in words."
     failed = [f"{r['failed']} (seed {r['seed']})" for r in rows if r['failed']]
     spikes = sum(r['spikes'] for r in rows if not r['failed'])
-    return '; '.join(failed + [f"{spikes} spikes"]*bool(spikes)) or 'yes'
+    return '; '.join(failed + [f"{spikes} spike{'s'*(spikes>1)}"]*bool(spikes)) or 'yes'
 
 def _summarize(
     rows:list[dict], # as `_read_rows` gives them
