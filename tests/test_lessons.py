@@ -8,6 +8,7 @@ from conftest import NOTEBOOKS
 
 LESSONS = [stem for stem in NOTEBOOKS if re.match(r"\d\d_", stem) and not stem.startswith("00_")]
 WORKSHOPS = [stem for stem in NOTEBOOKS if re.match(r"\d\d[a-z]_|00_", stem)]   # behind a page, for implementers
+OPEN_WITH_A_PICTURE = ["07a_normal", "11a_pretrained", "13a_run", "15a_ans", "15b_container", "20a_codec_cli"]
 ASSERTS = r"\bassert\b|assert_close|test_eq|test_fail|assert_allclose"
 
 
@@ -40,6 +41,30 @@ def test_three_exercises_with_checked_solutions(stem):
     for i, after in zip(solutions, [*solutions[1:], end]):
         checks = "\n".join(source(c) for c in found[i+1:after] if c["cell_type"] == "code")
         assert re.search(ASSERTS, checks), f"solution {solutions.index(i)+1} is not checked"
+
+
+def first_screen(stem):
+    "The cells before the first section."
+    found = cells(stem)
+    return found[:next(i for i, c in enumerate(found) if c["cell_type"] == "markdown" and re.search("^## ", source(c), re.M))]
+
+
+@pytest.mark.parametrize("stem", [*LESSONS, *OPEN_WITH_A_PICTURE])
+def test_the_first_screen_is_a_picture(stem):
+    "It stands before the first section, after few words, and says in words what it shows."
+    found = first_screen(stem)
+    drawn = [i for i, c in enumerate(found) if any(k.startswith("image/") or k == "text/html" for o in c.get("outputs", []) for k in o.get("data", {}))]
+    assert drawn
+    words = " ".join(source(c) for c in found[:drawn[0]] if c["cell_type"] == "markdown")
+    assert len(words.split()) < 150 and len(re.findall(r"^\|", words, re.M)) == 0 and "```" not in words
+    assert re.search(r"^#\| fig-cap: ", source(found[drawn[0]]), re.M) or "show_anim" in source(found[drawn[0]])
+
+
+@pytest.mark.parametrize("stem", [stem for stem in LESSONS if stem >= "20"])
+def test_three_things_to_take_along(stem):
+    "In words, above the table of the summary."
+    summary = next(source(c) for c in cells(stem) if source(c).startswith("## Summary"))
+    assert len(re.findall(r"^- .{40,}", summary.split("\n|")[0], re.M)) == 3
 
 
 @pytest.mark.parametrize("stem", WORKSHOPS)

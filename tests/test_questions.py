@@ -1,8 +1,10 @@
 "The page of questions: what it answers, links to and quotes is there."
 import contextlib
 import functools
+import importlib
 import io
 import json
+import pkgutil
 import re
 from pathlib import Path
 from unittest.mock import patch
@@ -102,3 +104,21 @@ def test_numbers_are_those_of_the_pages(question):
     wanted = {n.rstrip(".") for n in numbers(prose)}
     missing = {n for n in wanted if ("." in n or "e" in n or len(n) > 2)} - {n.rstrip(".") for n in numbers(found)}
     assert not missing, missing
+
+
+def test_where_next_names_what_is_there():
+    "The page ends with what to do after it; each paper has an address, and changes a piece that the package has."
+    import ddpm_nbdev
+    public = {n: m for m in map(importlib.import_module, (f"ddpm_nbdev.{m.name}" for m in pkgutil.iter_modules(ddpm_nbdev.__path__)))
+              for n in getattr(m, "__all__", ())}
+    last = source(cells("24_questions.ipynb")[-1])
+    assert last.startswith("## Where next\n")
+    rows = [[c.strip() for c in line.strip("|").split("|")] for line in last.splitlines() if line.startswith("|")][2:]
+    assert len(rows) >= 8
+    for paper, change, pieces in rows:
+        number = re.search(r"\[arXiv (\d{4}\.\d{4,5})\]\(https://arxiv.org/abs/(\d{4}\.\d{4,5})\)$", paper)
+        assert number and number[1] == number[2] and re.search(r" 20\d\d, \*[^*]+\*, ", paper) and change.endswith("."), paper
+        for name in re.findall(r"`([\w.]+)`", pieces):
+            first, _, rest = name.partition(".")
+            assert first == "model" or first in public and (not rest or hasattr(getattr(public[first], first), rest)), name
+    for name in re.findall(r"`(\w+)\.?\w*`", last): assert name in public or name == "model", name
