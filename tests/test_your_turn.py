@@ -96,3 +96,13 @@ def test_no_wrong_answer_passes(stem, i, lead, blank, filled):
     for k in range(len(answers)):
         for wrong in (f"2*({answers[k]})", "0."):
             with pytest.raises(AssertionError): exec(put(code, [*answers[:k], wrong, *answers[k+1:]]), dict(names))
+
+
+@pytest.mark.parametrize("stem", PAGES)
+def test_on_the_site_it_stands_open(site, stem):
+    "Outside every fold, as plain code, while the lines filled in are folded away."
+    text = (site/f"{stem.partition('_')[2] or stem}.html").read_text(encoding="utf-8")
+    main = re.sub(r"<details.*?</details>", "", text, flags=re.S)
+    count = sum(t[0] == stem for t in TURNS)
+    assert len(re.findall(r"# Your turn: replace each ___", main)) == count
+    assert len(re.findall(r"<summary>Check: the blanks filled in", text)) == count
