@@ -7,9 +7,9 @@ import pytest
 from conftest import NOTEBOOKS
 
 PAGES = [stem for stem in NOTEBOOKS if re.match(r"(before$|0[1-9]_|1[0134]_)", stem)]
-BLANK, FILLED = "#| eval: false\n# Your turn: replace each ___\n", '#| code-fold: true\n#| code-summary: "Check: the blanks filled in"\n'
+BLANK, FILLED = "#| eval: false\n# Your turn: replace each ____\n", '#| code-fold: true\n#| code-summary: "Check: the blanks filled in"\n'
 ASSERTS = re.compile(r"\bassert\b|\bassert_close\(")
-WAITS = re.compile(r"\b___\b")
+WAITS = re.compile(r"\b____\b")
 
 
 def cells(stem): return json.loads(NOTEBOOKS[stem].read_text(encoding="utf-8"))["cells"]
@@ -33,8 +33,8 @@ def fields(node): return [(k, v) for k, v in ast.iter_fields(node) if k not in (
 
 
 def same(a, b, answers):
-    "Whether two trees are equal where each ___ of the first stands for any expression, which is put into `answers`."
-    if isinstance(a, ast.Name) and a.id == "___":
+    "Whether two trees are equal where each ____ of the first stands for any expression, which is put into `answers`."
+    if isinstance(a, ast.Name) and a.id == "____":
         answers.append(b)
         return isinstance(b, ast.expr)
     if isinstance(a, list): return isinstance(b, list) and len(a) == len(b) and all(same(x, y, answers) for x, y in zip(a, b))
@@ -90,7 +90,7 @@ def test_no_wrong_answer_passes(stem, i, lead, blank, filled):
     "Left open it says which name is missing; filled in it passes; twice the right thing, or nothing, in one of the blanks does not."
     code, whole, answers = parts(blank, filled)
     names = namespace(stem, blank)
-    with pytest.raises(NameError, match="___"): exec(code, dict(names))
+    with pytest.raises(NameError, match="____"): exec(code, dict(names))
     exec(whole, dict(names))
     exec(put(code, answers), dict(names))
     for k in range(len(answers)):
@@ -104,5 +104,5 @@ def test_on_the_site_it_stands_open(site, stem):
     text = (site/f"{stem.partition('_')[2] or stem}.html").read_text(encoding="utf-8")
     main = re.sub(r"<details.*?</details>", "", text, flags=re.S)
     count = sum(t[0] == stem for t in TURNS)
-    assert len(re.findall(r"# Your turn: replace each ___", main)) == count
+    assert len(re.findall(r"# Your turn: replace each ____", main)) == count
     assert len(re.findall(r"<summary>Check: the blanks filled in", text)) == count
