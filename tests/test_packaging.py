@@ -27,7 +27,8 @@ CFG = CFG["DEFAULT"]
 MODULES = sorted(m.name for m in pkgutil.iter_modules(ddpm_nbdev.__path__) if not m.name.startswith("_"))
 RUN_TIME = "torch numpy einops matplotlib fastprogress>=1.0.3,<1.1 fastcore>=1.13 pillow>=10.1 safetensors pooch>=1.8 filelock>=3.24.3".split()
 IMPORT_NAMES = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}   # where they differ from the distribution's
-EXTRAS = [k.removesuffix("_requirements") for k in CFG if k.endswith("_requirements") and k != "dev_requirements"]   # imported inside functions
+BY_PEOPLE = {"dev_requirements", "notebooks_requirements"}   # not by the package
+EXTRAS = [k.removesuffix("_requirements") for k in CFG if k.endswith("_requirements") and k not in BY_PEOPLE]   # imported inside functions
 ONLY_IN_NOTEBOOKS = {"IPython"}                 # imported inside functions that a notebook calls
 DEVELOPERS_ONLY = "nbdev execnb IPython ipykernel ipywidgets jupyter jupyter_client jupyter_core nbformat nbconvert nbclient ghapi".split()
 
