@@ -132,6 +132,13 @@ def test_what_pages_import_is_installed():
             assert {m.partition(".")[0] for m in found} <= known, f"{path.name}: {found}"
 
 
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_every_notebook_has_the_cell(path):
+    "Up to date, behind the title; otherwise run tools/make_colab.py."
+    assert second(path) == make_colab.cell(ROOT)
+    assert [c["id"] for c in json.loads(path.read_text(encoding="utf-8"))["cells"]].count(make_colab.ID) == 1
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     "A project of two notebooks, exported; what it exports, and its README, before the tool gave them the cell."
