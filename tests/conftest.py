@@ -52,7 +52,7 @@ def pytest_cmdline_main(config):
 
 # Files whose tests run in one worker, one after the other: they start several processes each, change what they share,
 # or wait for something that takes longer to make than to look at.
-TOGETHER = {"test_benchmarks.py", "test_distributed.py", "test_hosts.py", "test_packaging.py", "test_site.py", "test_sync.py", "test_tools.py"}
+TOGETHER = {"test_address.py", "test_benchmarks.py", "test_colab.py", "test_distributed.py", "test_hosts.py", "test_packaging.py", "test_site.py", "test_sync.py", "test_tools.py"}
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -3,6 +3,7 @@ import importlib
 import json
 import pkgutil
 import re
+from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,9 @@ import ddpm_nbdev
 
 ROOT = Path(__file__).parents[1]
 NBS, PAGE = ROOT/"nbs", "23_official.ipynb"
-TESTS = "https://github.com/ddpm-nbdev/ddpm_nbdev/blob/main/tests/"
+CFG = ConfigParser(delimiters=["="])
+CFG.read(ROOT/"settings.ini", encoding="utf-8")
+TESTS = "{git_url}/blob/{branch}/tests/".format_map(CFG["DEFAULT"])
 PARTS = ["Paper", "Official code", "If it is missed", "Here"]
 
 

@@ -2,6 +2,7 @@
 import ast
 import builtins
 import dis
+import email
 import importlib
 import inspect
 import pkgutil
@@ -27,7 +28,8 @@ CFG = CFG["DEFAULT"]
 MODULES = sorted(m.name for m in pkgutil.iter_modules(ddpm_nbdev.__path__) if not m.name.startswith("_"))
 RUN_TIME = "torch numpy einops matplotlib fastprogress>=1.0.3,<1.1 fastcore>=1.13 pillow>=10.1 safetensors pooch>=1.8 filelock>=3.24.3".split()
 IMPORT_NAMES = {"pillow": "PIL", "torch-fidelity": "torch_fidelity"}   # where they differ from the distribution's
-EXTRAS = [k.removesuffix("_requirements") for k in CFG if k.endswith("_requirements") and k != "dev_requirements"]   # imported inside functions
+BY_PEOPLE = {"dev_requirements", "notebooks_requirements"}   # not by the package
+EXTRAS = [k.removesuffix("_requirements") for k in CFG if k.endswith("_requirements") and k not in BY_PEOPLE]   # imported inside functions
 ONLY_IN_NOTEBOOKS = {"IPython"}                 # imported inside functions that a notebook calls
 DEVELOPERS_ONLY = "nbdev execnb IPython ipykernel ipywidgets jupyter jupyter_client jupyter_core nbformat nbconvert nbclient ghapi".split()
 
@@ -180,6 +182,37 @@ def test_wheel(built):
     for extra in EXTRAS: assert f"Provides-Extra: {extra}\n" in info["METADATA"]
     for command in CFG["console_scripts"].split(): assert command.replace("=", " = ") in info["entry_points.txt"]
     assert built[1].stat().st_size < 8e6
+
+
+def metadata(wheel):
+    "The fields of a wheel, and the text below them."
+    with zipfile.ZipFile(wheel) as z: text = z.read(next(n for n in z.namelist() if n.endswith(".dist-info/METADATA"))).decode()
+    return email.message_from_string(text)
+
+
+def test_an_index_shows_where_to_go(built):
+    "Project URLs that follow settings.ini; what people search for; all five kinds of link that PyPI knows by name."
+    said = metadata(built[1])
+    urls = dict(u.split(", ") for u in said.get_all("Project-URL"))
+    site, repo = CFG["doc_host"] + CFG["doc_baseurl"], CFG["git_url"]
+    assert urls == {"Homepage": site, "Documentation": site, "Source": repo, "Changelog": f"{repo}/blob/{CFG['branch']}/CHANGELOG.md", "Issues": f"{repo}/issues"}
+    assert said["Home-page"] is None and said["Summary"] == CFG["description"] and len(said["Summary"]) <= 512
+    assert {"ddpm", "diffusion-models", "pytorch", "tutorial"} <= set(re.split(r"[ ,]+", said["Keywords"])) and "Diffusion" in said["Summary"]
+
+
+def test_the_readme_on_an_index_leads_to_the_repository(built):
+    "Relative links and pictures would lead nowhere there; code, anchors and absolute links stay."
+    shown, text = metadata(built[1]).get_payload(), (ROOT/"README.md").read_text(encoding="utf-8")
+    link = re.compile(r"""(?:\]\(|\b(?:src|href)=")([^)\s"]+)""")
+    strip = lambda t: re.sub(r"^```.*?^```$|`[^`\n]+`", "", t, flags=re.M | re.S)
+    old, new = (link.findall(strip(t)) for t in (text, shown))
+    relative = [o for o in old if not re.match(r"[a-z]+:|#", o)]
+    assert len(old) == len(new) and len(relative) > 50 and any(o.endswith(".png") for o in relative)
+    for before, after in zip(old, new):
+        kind = "raw" if before.endswith(".png") else "blob"
+        assert after == (f"{CFG['git_url']}/{kind}/{CFG['branch']}/{before}" if before in relative else before)
+    code = lambda t: re.findall(r"^```.*?^```$", t, flags=re.M | re.S)
+    assert code(text) == code(shown) and code(text)
 
 
 def test_commands_exist():

@@ -6,6 +6,7 @@ import io
 import json
 import pkgutil
 import re
+from configparser import ConfigParser
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +15,9 @@ import pytest
 from ddpm_nbdev import cli, codec_cli, interpolate_cli
 
 ROOT = Path(__file__).parents[1]
-NBS, URL = ROOT/"nbs", "https://github.com/ddpm-nbdev/ddpm_nbdev/blob/main/tests/"
+CFG = ConfigParser(delimiters=["="])
+CFG.read(ROOT/"settings.ini", encoding="utf-8")
+NBS, URL = ROOT/"nbs", "{git_url}/blob/{branch}/tests/".format_map(CFG["DEFAULT"])
 LONGEST = 90   # words: an answer that needs more is a page
 
 

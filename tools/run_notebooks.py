@@ -36,7 +36,7 @@ def find_notebooks(paths):
 
 
 def execute(path, flags):
-    "Run `path` in this process and write it back, cleaned; returns how many cells were skipped, or -1 for the whole notebook."
+    "Run `path` in this process and write it back, cleaned; returns how many cells kept what they had stored, or -1 for the whole notebook."
     from execnb.nbio import read_nb, write_nb
     from execnb.shell import CaptureShell
     from fastcore.utils import str2bool
@@ -46,16 +46,16 @@ def execute(path, flags):
     from nbdev.process import NBProcessor, extract_directives
     root = project_root(path)
     os.chdir(root)
-    skip_flags, n_skipped = set(get_config().tst_flags.split()) - flags, 0
+    skip_flags, n_kept = set(get_config().tst_flags.split()) - flags, 0
     front = getattr(NBProcessor(path, procs=FrontmatterProc, process=True).nb, "frontmatter_", {})
     if str2bool(front.get("skip_exec", False)): return -1
 
     def skip(cell):
-        nonlocal n_skipped
+        nonlocal n_kept
         if cell.cell_type != "code": return True
         found = extract_directives(cell, remove=False)
         if skip_flags & found.keys() or found.get("eval:", [""])[0].lower() == "false" or "nbdev_export(" in cell.source:
-            n_skipped += 1
+            n_kept += bool(cell.outputs)
             return True
         cell.outputs = []  # execnb leaves the old outputs where a cell now has none
         return False
@@ -73,7 +73,7 @@ def execute(path, flags):
         write_nb(nb, new)
         nbdev_clean(fname=str(new))
         os.replace(new, path)
-    return n_skipped
+    return n_kept
 
 
 def serve():
