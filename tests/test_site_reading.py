@@ -70,3 +70,36 @@ def test_a_part_of_the_chain_leads_to_its_page_by_key(tab):
     tab.locator(".here [data-part=q]").focus()
     tab.keyboard.press("Enter")
     tab.wait_for_url("**/forward.html")
+
+
+# --- search
+
+HITS = """() => [...document.querySelectorAll(".search-result")].map(e => [e.getAttribute("href").replace("./", ""),
+  ...[".search-result-title", ".search-result-section"].map(w => e.querySelector(w)?.innerText ?? "")])"""
+
+
+def hits(tab, words):
+    tab.fill("[type=search]", "")
+    tab.wait_for_selector(".smalldocs-search-results:not(.show)", state="attached")
+    tab.fill("[type=search]", words)
+    tab.wait_for_selector(".smalldocs-search-results.show")
+    return tab.evaluate(HITS)
+
+
+@pytest.mark.parametrize("words, first", [("posterior", "posterior.html"), ("ema", "train.html#ema"), ("fid", "quality.html#fid"), ("codec", "codec_cli.html"),
+                                          ("sigma", "notation.html"), ("clip", "notation.html#words"), ("four variances", "reverse.html#four-variances"),
+                                          ("linear_schedule", "schedule.html#linear_schedule"), ("U-Net", "unet.html")])
+def test_search_finds_whole_words_in_headings_first(tab, site, words, first):
+    "And nothing in which the word does not stand: ema is not in remain."
+    import json
+    texts = {e["href"]: " ".join([e["href"], e["title"], e["section"] or "", e["text"]]).lower() for e in json.loads((site/"search.json").read_text(encoding="utf-8"))}
+    tab.goto("/index.html")
+    found = hits(tab, words)
+    assert found[0][0].startswith(first), found[:3]
+    for href, _, _ in found:
+        for w in re.split(r"\W", words.lower()): assert re.search(rf"(?<![^\W_]){w}", texts[href]), (href, w)
+
+
+def test_search_of_a_word_that_is_misspelled(tab):
+    tab.goto("/index.html")
+    assert any(href.startswith("posterior.html") for href, _, _ in hits(tab, "postrior")[:3])
