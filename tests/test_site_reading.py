@@ -1,13 +1,34 @@
 "What the site's own scripts and styles do for a reader, in Chromium: where one is, search, keys, narrow windows, print."
+import json
 import re
+import threading
+from functools import partial
+from http.server import ThreadingHTTPServer
 
 import pytest
-from conftest import NO_BROWSER, NOTEBOOKS, page_of
+from conftest import NO_BROWSER, NOTEBOOKS, Quiet, build, page_of
+from test_site import PIXEL, cell, project, shown
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER or "-")]
 PAGES = [page_of(s) for s in NOTEBOOKS]
 LESSONS = [s for s in NOTEBOOKS if re.match(r"(0[1-9]|1[0-9])_|live$|before$", s)]
 FRAME = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+
+
+
+@pytest.fixture(scope="module")
+def toy_captions(tmp_path_factory):
+    "The address of a page with formulas in a caption, built by the tool."
+    cap = r'#| fig-cap: "The signal $\bar\alpha_t$ and \(x_{t-1}\) of `eps`, for $5 and $6"'.replace("\\", "\\\\")
+    root = project(tmp_path_factory.mktemp("captions"), {"index": [cell("# Toy\n> A toy.", "markdown"), cell(f"{cap}\n1", outputs=shown("image/png", PIXEL))]})
+    res = build(root, root/"_docs")
+    assert set(res.stderr.splitlines()) <= {"styles.css: live/live.css does not exist"}, res.stderr    # the toy has nothing that lives
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(root/"_docs")))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/index.html"
+    server.shutdown()
+    server.server_close()
+
 
 # --- where in the chain a page is
 
@@ -91,7 +112,6 @@ def hits(tab, words):
                                           ("linear_schedule", "schedule.html#linear_schedule"), ("U-Net", "unet.html")])
 def test_search_finds_whole_words_in_headings_first(tab, site, words, first):
     "And nothing in which the word does not stand: ema is not in remain."
-    import json
     texts = {e["href"]: " ".join([e["href"], e["title"], e["section"] or "", e["text"]]).lower() for e in json.loads((site/"search.json").read_text(encoding="utf-8"))}
     tab.goto("/index.html")
     found = hits(tab, words)
@@ -103,3 +123,205 @@ def test_search_finds_whole_words_in_headings_first(tab, site, words, first):
 def test_search_of_a_word_that_is_misspelled(tab):
     tab.goto("/index.html")
     assert any(href.startswith("posterior.html") for href, _, _ in hits(tab, "postrior")[:3])
+
+
+# --- keys and fingers
+
+
+def test_skip_link(tab):
+    "The first stop of the tab key is seen and leads past the bars; the next stop is in the text."
+    tab.goto("/forward.html")
+    tab.keyboard.press("Tab")
+    link = tab.locator(":focus")
+    assert link.inner_text() == "Skip to the text" and link.bounding_box()["y"] >= 0
+    tab.keyboard.press("Enter")
+    tab.keyboard.press("Tab")
+    assert tab.evaluate("document.activeElement.closest('main') !== null")
+    assert tab.locator(".skip").bounding_box()["y"] < -10
+
+
+@pytest.mark.parametrize("name", ["index.html", "forward.html"])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_focus_is_seen(tab, name, theme):
+    "Every stop of the tab key has a frame, in the bar at the top, in the sidebar and in the text."
+    tab.emulate_media(color_scheme=theme)
+    tab.goto(f"/{name}")
+    seen = set()
+    for start in ("body", "main", "main .cell-output, main pre"):
+        tab.evaluate("w => { const e = document.querySelector(w); e.tabIndex = -1; e.focus(); }", start)
+        for _ in range(12):
+            tab.keyboard.press("Tab")
+            tag, style, width, frame, ground = tab.evaluate("""() => { const e = document.activeElement, s = getComputedStyle(e);
+              let under = e.parentElement, ground = v => getComputedStyle(v).backgroundColor;
+              while (ground(under).endsWith(", 0)")) under = under.parentElement;
+              return [e.outerHTML.slice(0, 60), s.outlineStyle, parseFloat(s.outlineWidth), s.outlineColor, ground(under)]; }""")
+            assert style == "solid" and width >= 2 and frame != ground, tag
+            seen.add(tag)
+    assert len(seen) > 15
+
+
+@pytest.fixture
+def phone(browser, base):
+    "A fresh page on a phone: 390 pixels, a finger instead of a mouse."
+    context = browser.new_context(base_url=base, viewport={"width": 390, "height": 844}, has_touch=True, is_mobile=True, reduced_motion="reduce")
+    context.set_default_timeout(15_000)
+    yield context.new_page()
+    context.close()
+
+
+def test_contents_on_a_phone(phone):
+    "Folded at the top of the text, and complete; beside the text, where there is room, and only there."
+    phone.goto("/reverse.html")
+    box = phone.locator("main .contents details")
+    assert box.is_visible() and box.get_attribute("open") is None and box.bounding_box()["y"] < 600
+    box.locator("summary").tap()
+    link = box.get_by_text("Four variances", exact=True)
+    link.tap()
+    phone.wait_for_url("**/reverse.html#four-variances")
+    names = "w => [...document.querySelectorAll(w)].map(e => e.textContent)"
+    assert phone.evaluate(names, ".contents a") == phone.evaluate(names, "#TOC a")
+    for width, beside in ((1366, True), (1240, True), (1100, False), (700, False)):
+        phone.set_viewport_size({"width": width, "height": 844})
+        assert phone.locator("#TOC").is_visible() is beside and phone.locator("main .contents").is_visible() is not beside, width
+
+
+def test_a_finger_copies_code(phone):
+    phone.goto("/posterior.html")
+    phone.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    box = phone.locator("details[open] .code-copy-outer-scaffold").first
+    button = box.locator(".code-copy-button")
+    assert button.evaluate("e => getComputedStyle(e).opacity") == "1" and min(button.bounding_box()[k] for k in ("width", "height")) >= 36
+    button.tap()
+    phone.wait_for_selector(".code-copy-button-checked")
+    assert phone.evaluate("navigator.clipboard.readText()").strip()
+
+
+def test_an_equation_that_is_named_is_told_by_key(tab):
+    tab.goto("/reverse.html")
+    link = tab.locator("main p a[title='jump to any step']").first
+    told = "e => getComputedStyle(e, '::after').content"
+    assert link.evaluate(told) == "none"
+    tab.keyboard.press("Tab")                       # a key was pressed last: focus is one of the keyboard
+    link.focus()
+    assert "jump to any step" in link.evaluate(told)
+
+
+# --- nothing is cut
+
+OPENED = """async () => {
+  await window.MathJax?.startup?.promise;
+  document.querySelectorAll("details").forEach(e => { e.open = true; });
+  await Promise.all([...document.images].map(e => { e.loading = "eager"; return e.decode().catch(() => {}); }));
+}"""
+# Blocks that are wider than the column; those that scroll in a box of their own are named apart, with whether that shows.
+CUT = r"""() => {
+  const cut = [], scroll = [], edge = document.querySelector("main").getBoundingClientRect().right + 2;
+  for (const e of document.querySelectorAll("main :is(pre, table, .sd-table, .math.display, .math.alone, img, figure, canvas, .live, .sliders, .animation), main svg:not(mjx-container svg)")) {
+    const r = e.getBoundingClientRect();
+    if (!r.width || !e.checkVisibility()) continue;
+    const kind = e.matches("pre") ? "pre" : e.matches("table, .sd-table") ? "table" : e.matches(".math") ? "formula" : "figure";
+    const words = `${kind} ${e.scrollWidth} ${e.textContent.trim().slice(0, 60)}`;
+    const box = e.closest("pre, .sd-table, .math.display, .math.alone"), scrolls = box && box.scrollWidth > box.clientWidth + 1;
+    if (box && /auto|scroll/.test(getComputedStyle(box).overflowX) && scrolls) {
+      if (e === box) scroll.push([kind, getComputedStyle(box).maskImage !== "none", box.tabIndex === 0, e.matches(".columns"), words]);
+    } else if (scrolls || r.right > edge) cut.push(words);
+  }
+  return [cut, scroll];
+}"""
+# The longest line of code that is broken although it has no more columns than it may have.
+BROKEN = """([code, printed]) => {
+  const rule = document.createElement("style"), bad = [];
+  const boxes = [...document.querySelectorAll("main pre")].filter(e => e.checkVisibility());
+  rule.textContent = "main pre, main pre code, main pre code.sourceCode { white-space: pre !important; }";
+  document.head.append(rule);
+  for (const e of boxes) {
+    const most = e.closest(".cell-output") ? printed : code, longest = Math.max(...e.textContent.split("\\n").map(v => v.length));
+    if (longest <= most && e.scrollWidth > e.clientWidth + 1) bad.push([longest, e.textContent.slice(0, 60)]);
+  }
+  rule.remove();
+  return bad;
+}"""
+
+
+@pytest.fixture(scope="module")
+def measured(browser, base):
+    "What is cut, what scrolls and what is broken on a page, at three widths, with everything opened."
+    context = browser.new_context(base_url=base, viewport={"width": 1366, "height": 768}, reduced_motion="reduce")
+    context.add_init_script("localStorage.setItem('read', 'everything')")
+    page, notes = context.new_page(), {}
+    def get(name):
+        if name in notes: return notes[name]
+        page.set_viewport_size({"width": 1366, "height": 768})
+        page.goto(f"/{name}")
+        page.evaluate(OPENED)
+        notes[name] = {}
+        for width in (1366, 1024, 390):
+            page.set_viewport_size({"width": width, "height": 844})
+            page.evaluate(FRAME)
+            page.evaluate(FRAME)
+            notes[name][width] = (*page.evaluate(CUT), page.evaluate(BROKEN, [88, 100]))
+        return notes[name]
+    yield get
+    context.close()
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_nothing_is_cut(measured, name):
+    "On a laptop and on a tablet nothing scrolls sideways; on a phone formulas, tables and what is printed as one do, and show it."
+    for width, (cut, scroll, _) in measured(name).items():
+        assert not cut, (width, cut)
+        assert width == 390 or not scroll, (width, scroll)
+        for kind, shows, by_key, columns, words in scroll: assert shows and by_key and (kind in ("table", "formula") or columns), (width, words)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_lines_of_code_stay_whole(measured, name):
+    "On a laptop 88 columns of code fit and 100 of what it prints, on a tablet too; they need not be broken."
+    for width in (1366, 1024):
+        assert not measured(name)[width][2], width
+
+
+@pytest.mark.parametrize("name", ["ablation.html", "bound.html"])
+def test_the_end_of_what_scrolls_has_no_shade(phone, name):
+    phone.goto(f"/{name}")
+    phone.evaluate("window.MathJax?.startup?.promise")
+    phone.evaluate(FRAME)
+    box = phone.locator("main .more").first
+    handle = box.element_handle()
+    handle.evaluate("e => { e.scrollLeft = e.scrollWidth; }")
+    phone.wait_for_function("e => getComputedStyle(e).maskImage === 'none'", arg=handle)
+
+
+# --- figures and frames
+
+
+def test_captions_start_at_the_left_and_formulas_in_them_are_typeset(tab, toy_captions):
+    tab.goto("/reverse.html")
+    assert set(tab.evaluate("[...document.querySelectorAll('.quarto-figure figcaption')].map(e => getComputedStyle(e).textAlign)")) == {"left"}
+    tab.goto(toy_captions)
+    tab.evaluate("window.MathJax?.startup?.promise")
+    caption = tab.locator("figcaption").first
+    assert caption.locator("mjx-container svg").count() == 2 and caption.locator("code").inner_text() == "eps"
+    assert "for $5 and $6" in caption.inner_text() and caption.inner_text().count("$") == 2 and "\\" not in caption.inner_text()
+    alt = tab.locator("img").first.get_attribute("alt")
+    assert alt == "The signal \u03b1_t and x_{t-1} of eps, for $5 and $6".replace("{", "").replace("}", ""), alt
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_algorithms_are_as_dark_as_the_text(tab, theme):
+    tab.emulate_media(color_scheme=theme)
+    tab.goto("/reverse.html")
+    colors = tab.evaluate("['main blockquote', 'main blockquote p', 'body'].map(w => getComputedStyle(document.querySelector(w)).color)")
+    assert len(set(colors)) == 1
+
+
+def test_pictures_are_not_stretched(tab):
+    "None is drawn with more pixels than it has; in the dark each lies on white, also one that is transparent."
+    tab.emulate_media(color_scheme="dark")
+    for name in ("reverse.html", "quality.html", "index.html"):
+        tab.goto(f"/{name}")
+        tab.evaluate(OPENED)
+        assert not tab.evaluate("""[...document.querySelectorAll("main img")].filter(e => e.naturalWidth && e.getBoundingClientRect().width > e.naturalWidth + 1
+          && getComputedStyle(e).imageRendering !== "pixelated").map(e => e.alt)"""), name
+        grounds = tab.evaluate("[...document.querySelectorAll('main .cell-output-display img')].map(e => getComputedStyle(e).backgroundColor)")
+        assert set(grounds) <= {"rgb(255, 255, 255)"}

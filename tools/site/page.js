@@ -2,6 +2,8 @@ addEventListener("load", async () => {
   await window.MathJax?.startup?.promise;
   const all = what => [...document.querySelectorAll(what)];
   paintSymbols(all("main .math"));
+  const goesOn = e => e.classList.toggle("more", e.tabIndex === 0 && e.scrollLeft + e.clientWidth < e.scrollWidth - 2);
+  document.addEventListener("scroll", e => { if (e.target.matches?.("main pre, main .math, main .sd-table")) goesOn(e.target); }, {capture: true, passive: true});
   const fit = () => {
     const math = all("main .math.display, main .math.inline");
     math.forEach(e => { e.style.fontSize = ""; e.classList.remove("alone"); });
@@ -10,10 +12,18 @@ addEventListener("load", async () => {
     math.filter(e => e.matches(".inline") && wide(e)).forEach(e => e.classList.add("alone"));
     // one that is wider than its line is set smaller, as far as it can still be read,
     math.filter(e => e.clientWidth).map(e => [e, e.clientWidth/e.scrollWidth]).forEach(([e, r]) => { if (r < 1) e.style.fontSize = Math.max(.72, .99*r) + "em"; });
-    // and what even then is wider than its box gets a tab stop, so that it can be scrolled without a mouse.
+    // and so is a table;
+    const tables = all("main .sd-table");
+    tables.forEach(e => { e.style.removeProperty("--fit"); });
+    for (const least of [.8, .76])                              // twice: words break otherwise when they are smaller
+      tables.filter(e => e.clientWidth && e.scrollWidth > e.clientWidth + 1).forEach(e => {
+        e.style.setProperty("--fit", Math.max(least, .98*(+e.style.getPropertyValue("--fit") || 1)*e.clientWidth/e.scrollWidth));
+      });
+    // and what even then is wider than its box gets a tab stop, so that it can be scrolled without a mouse, and shows that it goes on.
     const boxes = all("main pre, main .math, main .sd-table");
     boxes.map(e => [e, e.scrollWidth > e.clientWidth + 1 && e.clientWidth > 0]).forEach(([e, more]) => {
       if (more) e.tabIndex = 0; else e.removeAttribute("tabindex");
+      goesOn(e);
     });
   };
   fit();
