@@ -325,3 +325,22 @@ def test_pictures_are_not_stretched(tab):
           && getComputedStyle(e).imageRendering !== "pixelated").map(e => e.alt)"""), name
         grounds = tab.evaluate("[...document.querySelectorAll('main .cell-output-display img')].map(e => getComputedStyle(e).backgroundColor)")
         assert set(grounds) <= {"rgb(255, 255, 255)"}
+
+
+# --- print
+
+
+def test_on_paper_there_is_only_the_text(tab):
+    "No bars, no folded lines that cannot be opened, links like text, figures in one piece; what a story shows is there."
+    tab.set_viewport_size({"width": 700, "height": 990})
+    tab.goto("/reverse.html")
+    tab.wait_for_selector("html[data-read=story]")
+    tab.emulate_media(media="print")
+    for bar in ("#quarto-header", "#quarto-sidebar", "#quarto-margin-sidebar", ".contents", ".reading", ".notebook-links", ".page-navigation", ".skip"):
+        assert not tab.locator(bar).first.is_visible(), bar
+    assert tab.locator("main details.idea pre").first.is_visible() and not tab.get_by_text("Check, which passes").first.is_visible()
+    assert tab.evaluate("getComputedStyle(document.querySelector('main p a')).color === getComputedStyle(document.querySelector('main p')).color")
+    assert tab.evaluate("[...document.querySelectorAll('main figure, main img')].every(e => getComputedStyle(e).breakInside === 'avoid')")
+    box = tab.locator("main").bounding_box()
+    assert box["x"] < 20 and box["width"] > 650
+    assert tab.pdf(format="A4", print_background=True)[:5] == b"%PDF-"
