@@ -344,3 +344,14 @@ def test_on_paper_there_is_only_the_text(tab):
     box = tab.locator("main").bounding_box()
     assert box["x"] < 20 and box["width"] > 650
     assert tab.pdf(format="A4", print_background=True)[:5] == b"%PDF-"
+
+
+def test_what_is_read_in_the_dark_is_printed_dark_on_white(tab):
+    tab.emulate_media(color_scheme="dark")
+    tab.goto("/reverse.html")
+    tab.wait_for_selector("html.quarto-dark")
+    tab.emulate_media(color_scheme="dark", media="print")
+    assert tab.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    pale = tab.evaluate("""[...document.querySelectorAll("main :is(h1, h2, p, li, td, figcaption, pre, pre span, summary)")].filter(e => e.checkVisibility())
+      .filter(e => { const [r, g, b] = getComputedStyle(e).color.match(/[\\d.]+/g).map(Number); return .3*r + .6*g + .1*b > 150; }).map(e => e.outerHTML.slice(0, 80))""")
+    assert pale == []
