@@ -355,3 +355,36 @@ def test_what_is_read_in_the_dark_is_printed_dark_on_white(tab):
     pale = tab.evaluate("""[...document.querySelectorAll("main :is(h1, h2, p, li, td, figcaption, pre, pre span, summary)")].filter(e => e.checkVisibility())
       .filter(e => { const [r, g, b] = getComputedStyle(e).color.match(/[\\d.]+/g).map(Number); return .3*r + .6*g + .1*b > 150; }).map(e => e.outerHTML.slice(0, 80))""")
     assert pale == []
+
+
+# --- the living page
+
+FRAMES = """ms => new Promise(done => {
+  const gaps = [], start = performance.now();
+  let last = start;
+  requestAnimationFrame(function frame(now) {
+    gaps.push(now - last);
+    last = now;
+    if (performance.now() - start < ms) requestAnimationFrame(frame); else done(gaps.slice(1).sort((a, b) => a - b));
+  });
+})"""
+
+
+def test_a_chain_that_runs_leaves_the_page_at_its_pace(tab):
+    "The network computes beside the page: of frames and of long tasks there are no other than before, on a busy machine, too."
+    tab.goto("/live.html")
+    place = tab.locator(".live[data-part=digit]")
+    place.scroll_into_view_if_needed()
+    run = place.get_by_role("button", name="Run", exact=True)
+    run.wait_for()
+    tab.wait_for_timeout(500)
+    place.get_by_text("Start from pure noise").click()
+    before = tab.evaluate(FRAMES, 1500)
+    tab.evaluate("""() => { window.long = []; new PerformanceObserver(l => l.getEntries().forEach(e => long.push(e.duration))).observe({type: "longtask"}); }""")
+    run.click()
+    during = tab.evaluate(FRAMES, 1500)
+    moved = place.get_attribute("data-t")
+    median, was = during[len(during)//2], before[len(before)//2]
+    assert 0 < int(moved) < 1000 or moved == "0"
+    assert median <= max(17.5, 1.5*was), (median, was)
+    assert not [d for d in tab.evaluate("long") if d > max(50, 3*before[-1])]
