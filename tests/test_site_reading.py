@@ -1,12 +1,14 @@
 "What the site's own scripts and styles do for a reader, in Chromium: where one is, search, keys, narrow windows, print."
 import json
 import re
+import subprocess
+import sys
 import threading
 from functools import partial
 from http.server import ThreadingHTTPServer
 
 import pytest
-from conftest import NO_BROWSER, NOTEBOOKS, Quiet, build, page_of
+from conftest import NO_BROWSER, NOTEBOOKS, ROOT, Quiet, build, page_of
 from test_site import PIXEL, cell, project, shown
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(bool(NO_BROWSER), reason=NO_BROWSER or "-")]
@@ -388,3 +390,17 @@ def test_a_chain_that_runs_leaves_the_page_at_its_pace(tab):
     assert 0 < int(moved) < 1000 or moved == "0"
     assert median <= max(17.5, 1.5*was), (median, was)
     assert not [d for d in tab.evaluate("long") if d > max(50, 3*before[-1])]
+
+
+def test_pdf_of_a_page(site, tmp_path):
+    "Its text is text, and its sections are bookmarks; a page that is not there is named in one line."
+    pypdf = pytest.importorskip("pypdf")
+    tool = [sys.executable, ROOT/"tools"/"make_pdf", tmp_path/"a.pdf", "--site", site, "--pages"]
+    res = subprocess.run([*tool, "posterior"], text=True, capture_output=True)
+    assert res.returncode == 0 and "MB" in res.stdout, res.stderr
+    pdf = pypdf.PdfReader(tmp_path/"a.pdf")
+    text = " ".join(" ".join(page.extract_text().split()) for page in pdf.pages)
+    assert "If we knew the clean image, what would the ideal step back be?" in text and "def q_posterior_mean_variance" in text
+    assert "Open in Colab" not in text and pdf.outline[0].title == "The posterior" and len(pdf.outline) == 2
+    res = subprocess.run([*tool, "nowhere"], text=True, capture_output=True)
+    assert res.returncode == 1 and "nowhere.html: build the site first" in res.stderr and len(res.stderr.splitlines()) == 1
