@@ -129,30 +129,36 @@ def cell(source, kind="code", outputs=()):
 def shown(mime, data): return [{"output_type": "display_data", "metadata": {}, "data": {mime: data}}]
 
 
-@pytest.fixture(scope="module")
-def toy(tmp_path_factory):
-    "A project of two pages with one fault of each kind, and one picture for each source of alternative text; built by the tool."
-    root = tmp_path_factory.mktemp("toysite")
+PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+
+
+def project(root, pages):
+    "A project in the folder `root` whose notebooks are `pages`: name -> cells, of which the first is the page's title."
     (root/"nbs").mkdir()
     (root/"toylib").mkdir()
     (root/"toylib"/"__init__.py").touch()
     for name in ["settings.ini", "_quarto.yml", "nbs/_quarto.yml", "nbs/styles.css"]:
         (root/name).write_text((ROOT/name).read_text(encoding="utf-8").replace("ddpm_nbdev", "toylib"), encoding="utf-8")
     config = yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8"))
-    config["website"]["sidebar"]["contents"] = ["index.ipynb", "00_toy.ipynb"]
+    config["website"]["sidebar"]["contents"] = [f"{name}.ipynb" for name in sorted(pages, key=lambda n: n != "index")]
     (root/"_quarto.yml").write_text(yaml.safe_dump(config), encoding="utf-8")
-    pixel = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
-    pages = {
-        "00_toy": [cell("# Toy\n> A toy.", "markdown"), cell("## What's **it** for, then?", "markdown"),
-                   cell('#| fig-cap: "A \\"gray\\" dot"\n1', outputs=shown("image/png", pixel)),
-                   cell('#| fig-alt: "A <moving> dot"\n2', outputs=shown("text/html", f'<img id="a" src="data:image/png;base64,{pixel}">'))],
-        "index": [cell("# Toys\n> All toys.", "markdown"), cell("[good](00_toy.ipynb#whats-it-for-then) and $x_1$", "markdown"),
-                  cell("[bad anchor](00_toy.ipynb#nowhere)\n\n[bad page](01_none.ipynb)\n\n![far](https://example.org/far.png)", "markdown"),
-                  cell("3", outputs=shown("image/png", pixel))]}
     for name, cells in pages.items():
         nb = {"cells": cells, "metadata": {"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}},
               "nbformat": 4, "nbformat_minor": 5}
         (root/"nbs"/f"{name}.ipynb").write_text(json.dumps(nb), encoding="utf-8")
+    return root
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    "A project of two pages with one fault of each kind, and one picture for each source of alternative text; built by the tool."
+    root = project(tmp_path_factory.mktemp("toysite"), {
+        "00_toy": [cell("# Toy\n> A toy.", "markdown"), cell("## What's **it** for, then?", "markdown"),
+                   cell('#| fig-cap: "A \\"gray\\" dot"\n1', outputs=shown("image/png", PIXEL)),
+                   cell('#| fig-alt: "A <moving> dot"\n2', outputs=shown("text/html", f'<img id="a" src="data:image/png;base64,{PIXEL}">'))],
+        "index": [cell("# Toys\n> All toys.", "markdown"), cell("[good](00_toy.ipynb#whats-it-for-then) and $x_1$", "markdown"),
+                  cell("[bad anchor](00_toy.ipynb#nowhere)\n\n[bad page](01_none.ipynb)\n\n![far](https://example.org/far.png)", "markdown"),
+                  cell("3", outputs=shown("image/png", PIXEL))]})
     return root/"_docs", build(root, root/"_docs"), root
 
 
