@@ -10,6 +10,7 @@ import importlib
 import os
 import signal
 import threading
+import time
 
 # %% ../nbs/00c_start.ipynb #52d3bb40
 _HOMES = {'ddpm_train': 'cli', 'ddpm_sample': 'cli', 'ddpm_evaluate': 'cli',
@@ -34,10 +35,19 @@ def _ctrl_c_as_before():
     if hasattr(signal.getsignal(signal.SIGINT), 'of_a_start'):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+def _others_run()->bool:
+    "Does another program want a core now? (Linux; elsewhere nobody knows: no.)"
+    for _ in range(3):
+        try: running = open('/proc/loadavg').read().split()[3].partition('/')[0]
+        except OSError: return False
+        if int(running) > 1: return True                 # 1: this process
+        time.sleep(.005)
+    return False
+
 def _wait_briefly():
-    "Let threads that wait for others sleep soon (GNU's OpenMP); whoever set it knows."
+    "Let waiting threads sleep soon if others want the cores; whoever said it knows."
     told = os.environ.keys() & {'GOMP_SPINCOUNT', 'OMP_WAIT_POLICY', 'OMP_NUM_THREADS'}
-    if not told: os.environ['GOMP_SPINCOUNT'] = '1000'
+    if not told and _others_run(): os.environ['GOMP_SPINCOUNT'] = '1000'
 
 def _begin(
     name:str, # of a command
