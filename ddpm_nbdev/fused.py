@@ -21,7 +21,7 @@ class _NormSiLU(torch.autograd.Function):
         last = x.is_contiguous(memory_format=torch.channels_last)
         last = last and not x.is_contiguous()
         ctx.layout = torch.channels_last if last else torch.contiguous_format
-        x, n = x.contiguous(memory_format=ctx.layout), x[0, 0].numel()
+        x, n = x.contiguous(memory_format=ctx.layout), x.shape[2:].numel()
         h, mean, rstd = torch.native_group_norm(x, weight, bias, b, c, n, groups, eps)
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         ctx.groups, ctx.eps = groups, eps
@@ -31,7 +31,7 @@ class _NormSiLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        b, c, n, groups = *x.shape[:2], x[0, 0].numel(), ctx.groups
+        b, c, n, groups = *x.shape[:2], x.shape[2:].numel(), ctx.groups
         if x.dtype == weight.dtype: # h again, as one multiplication and addition
             scale = rstd.repeat_interleave(c//groups, 1)*weight
             shift = bias - mean.repeat_interleave(c//groups, 1)*scale
@@ -49,10 +49,10 @@ def norm_silu(
     x:Tensor,          # features, `(b, c, h, w)`
 )->Tensor:             # same shape
     "silu(norm(x)); in training on a CPU with less memory."
-    fits = (x.dtype == norm.weight.dtype
-            or (x.dtype, norm.weight.dtype) == (torch.bfloat16, torch.float32))
+    kinds = x.dtype, getattr(norm.weight, 'dtype', None)          # None: not affine
+    fits = kinds[0] == kinds[1] or kinds == (torch.bfloat16, torch.float32)
     plain = (x.device.type != 'cpu' or not torch.is_grad_enabled() or not fits
-             or torch.compiler.is_compiling())
+             or x.ndim != 4 or torch.compiler.is_compiling())
     if plain: return F.silu(norm(x))
     return _NormSiLU.apply(x, norm.weight, norm.bias, norm.num_groups, norm.eps)
 
@@ -74,7 +74,7 @@ def _mask(x, drawn):
     n, cut = x.numel(), min(round(drawn.p*2**16), 2**16-1)        # dropped: bits < cut
     bits = np.random.Generator(np.random.SFC64(drawn.seed)).integers(
         -2**63, 2**63-1, -(-n//4), endpoint=True).view(np.int16)[:n]
-    mask = torch.empty_strided(*drawn.place, dtype=x.dtype)
+    mask = torch.empty_strided(*drawn.place, dtype=x.dtype, device='cpu')
     torch.ge(torch.from_numpy(bits), cut-2**15, out=mask.as_strided((n,), (1,)))
     return mask.mul_(x).mul_(2**16/(2**16-cut))
 
@@ -87,5 +87,5 @@ class Dropout(nn.Dropout):
         if not (self.training and self.p): return x
         if x.device.type != 'cpu' or torch.compiler.is_compiling() or self.p == 1:
             return super().forward(x)
-        seed = torch.randint(2**62, (1,)).numpy()[0]                  # never on a GPU
+        seed = torch.randint(2**62, (1,), device='cpu').numpy()[0]
         return _Masked.apply(x, self.p, int(seed))

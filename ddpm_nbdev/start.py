@@ -38,9 +38,10 @@ def _ctrl_c_as_before():
 def _others_run()->bool:
     "Does another program want a core now? (Linux; elsewhere nobody knows: no.)"
     for _ in range(3):
-        try: running = open('/proc/loadavg').read().split()[3].partition('/')[0]
-        except OSError: return False
-        if int(running) > 1: return True                 # 1: this process
+        try:
+            with open('/proc/loadavg') as f: running = int(f.read().split()[3].split('/')[0])
+        except (OSError, ValueError, IndexError): return False
+        if running > 1: return True                      # 1: this process
         time.sleep(.005)
     return False
 

@@ -38,8 +38,9 @@ def where(root, word):
 def test_everything_follows_settings(): assert not set_address.changes(ROOT)
 
 
-FORKS = [({"user": "some-one"}, "https://github.com/some-one/ddpm_nbdev", "https://some-one.github.io/ddpm_nbdev"),
-         ({"user": "me", "repo": "noise", "branch": "trunk", "author": "I, myself"}, "https://github.com/me/noise", "https://me.github.io/noise"),
+HOST = {"git_url": "https://github.com/%(user)s/%(repo)s", "doc_host": "https://%(user)s.github.io", "doc_baseurl": "/%(repo)s"}   # of a fork of a fork
+FORKS = [({"user": "some-one", "repo": "ddpm_nbdev", **HOST}, "https://github.com/some-one/ddpm_nbdev", "https://some-one.github.io/ddpm_nbdev"),
+         ({**HOST, "user": "me", "repo": "noise", "branch": "trunk", "author": "I, myself"}, "https://github.com/me/noise", "https://me.github.io/noise"),
          ({"user": "me", "git_url": "https://git.example.org/a/b", "doc_host": "https://noise.example.org", "doc_baseurl": ""},
           "https://git.example.org/a/b", "https://noise.example.org")]
 
@@ -48,13 +49,13 @@ FORKS = [({"user": "some-one"}, "https://github.com/some-one/ddpm_nbdev", "https
 def test_a_fork_changes_one_file(tmp_path, values, repo, site):
     "The old owner is named nowhere; links keep their paths; the site's configuration, the citation and nbdev's settings are new."
     root, old = copy(tmp_path, **values), f"{CFG['git_url']}/blob/{CFG['branch']}/"
-    assert where(root, CFG["user"])
+    assert where(root, CFG["git_url"]) and where(root, CFG["doc_host"])
     before = {p: p.read_text(encoding="utf-8").count(old) for p in root.glob("nbs/*.ipynb")}
     bad = tool("set_address", "--check", root)
     assert bad.returncode == 1 and "_quarto.yml: not what settings.ini says; run tools/set_address.py" in bad.stdout
     done = tool("set_address", root)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert not where(root, CFG["user"])
+    assert not where(root, CFG["git_url"]) and not where(root, CFG["doc_host"])       # a bare name may be a word
     assert tool("set_address", "--check", root).returncode == 0
     branch = values.get("branch", CFG["branch"])
     assert sum(before.values()) > 20
@@ -91,9 +92,10 @@ def test_links_that_come_from_elsewhere_follow():
         assert moved(same) == same
 
 
-@pytest.mark.parametrize("key, value", [("git_url", "https://github.com/me/noise/"), ("git_url", "me/noise"), ("doc_host", "me.github.io"), ("doc_baseurl", "noise")])
+@pytest.mark.parametrize("key, value", [("git_url", "https://github.com/me/noise/"), ("git_url", "me/noise"), ("doc_host", "me.github.io"), ("doc_baseurl", "noise"),
+                                        ("branch", ""), ("branch", "a b"), ("branch", "a: b"), ("branch", "it's"), ("branch", "fix#12"), ("author", 'the "one"'), ("version", "")])
 def test_an_address_that_is_none_is_refused(tmp_path, key, value):
-    (tmp_path/"settings.ini").write_text(re.sub(rf"^{key} = .*$", f"{key} = {value}", (ROOT/"settings.ini").read_text(), flags=re.M))
+    (tmp_path/"settings.ini").write_text(re.sub(rf"^{key} = .*$", lambda m: f"{key} = {value}", (ROOT/"settings.ini").read_text(), flags=re.M))
     res = tool("set_address", tmp_path)
     assert res.returncode == 1 and len(res.stderr.splitlines()) == 1 and f"settings.ini: {key} = {value} must be like " in res.stderr
 
@@ -101,4 +103,17 @@ def test_an_address_that_is_none_is_refused(tmp_path, key, value):
 def test_a_new_version_is_cited(tmp_path):
     root = copy(tmp_path, version="7.7")
     assert tool("set_address", root).returncode == 0
-    assert yaml.safe_load((root/"CITATION.cff").read_text(encoding="utf-8"))["version"] == 7.7
+    assert yaml.safe_load((root/"CITATION.cff").read_text(encoding="utf-8"))["version"] == "7.7"
+
+
+def test_a_branch_like_a_number_stays_a_name_and_pictures_are_no_text(tmp_path):
+    root = copy(tmp_path, branch="1.10")
+    (root/".github").mkdir(exist_ok=True)
+    (root/".github/logo.png").write_bytes(b"\x89PNG\xff\xfe")
+    assert tool("set_address", root).returncode == 0 and tool("set_address", "--check", root).returncode == 0
+    assert yaml.safe_load((root/"_quarto.yml").read_text(encoding="utf-8"))["website"]["repo-branch"] == "1.10"
+
+
+def test_what_is_no_project_is_said_in_a_line(tmp_path):
+    res = tool("set_address", tmp_path)
+    assert res.returncode == 1 and len(res.stderr.splitlines()) == 1 and "is no project" in res.stderr

@@ -37,7 +37,7 @@ LOOK = r"""() => {
     cut: all("span.math.display").filter(e => e.scrollWidth > e.clientWidth + 1).map(short),
     images: all("img").map(e => ({src: e.src.slice(0, 80), width: e.naturalWidth, alt: e.alt})),
     ids: all("[id]").map(e => e.id),
-    links: all("a[href]").map(e => e.href),
+    links: all("a[href]").map(e => new URL(e.getAttribute("href"), document.baseURI).href),   // an SVG's href is an object
     twice: all('.cell:has(a[style*="float:right"])').flatMap(c => all("p, ul, ol, pre, table, blockquote", c).map(e => [e, e.getBoundingClientRect()])
       .filter(([e, r]) => r.width > 1 && r.height > 1 && e.checkVisibility() && (c.nextElementSibling?.getBoundingClientRect().top ?? 1e9) < r.bottom
         && short(e) !== "source")).map(([e]) => short(e)),

@@ -760,7 +760,8 @@ def test_killed_while_downloading(server, tmp_path):
     assert fetch("net", "f", tmp_path).read_bytes() == GOOD and left(tmp_path/"net") == ["f"]
 
 
-def test_progress(capsys):
+def test_progress(capsys, monkeypatch):
+    monkeypatch.setattr(_Progress, "quiet", False)                 # a command may have been told so
     p = _Progress("file", 4_000_000)
     p.update(2_000_000)
     p.close()

@@ -8,7 +8,7 @@ import argparse
 import json
 import re
 import sys
-from configparser import ConfigParser
+from configparser import ConfigParser, InterpolationError
 from pathlib import Path
 
 import make_colab
@@ -20,12 +20,14 @@ KEYS = {"repo": "repo-url", "site": "site-url", "branch": "repo-branch"}   # whe
 def settings(root):
     "settings.ini, with the site's address as `site`; exits where an address could not be one."
     config = ConfigParser(delimiters=["="])
-    config.read(root/"settings.ini", encoding="utf-8")
-    cfg = {**config["DEFAULT"]}
-    like = {"git_url": (r"https://[^/\s]+(/[\w.-]+)+", "https://github.com/USER/REPO"), "doc_host": (r"https?://[^/\s]+", "https://USER.github.io"),
-            "doc_baseurl": (r"(/[\w.-]+)*", "/REPO, or nothing")}
+    if not config.read(root/"settings.ini", encoding="utf-8"): sys.exit(f"{root} is no project: no settings.ini")
+    try: cfg = {**config["DEFAULT"]}
+    except InterpolationError as e: sys.exit(f"settings.ini: {e.option}: a % is written %%")
+    like = {"git_url": (r"https://[^/\s]+(/[\w.-]+)+", "https://github.com/USER/REPO, without a slash at its end"), "doc_host": (r"https?://[^/\s]+", "https://USER.github.io, without a slash at its end"),
+            "doc_baseurl": (r"(/[\w.-]+)*", "/REPO, or nothing"), "branch": (r"(?!-)[\w.-]+(/[\w.-]+)*", "main"), "version": (r"\d[\w.+]*", "0.1.0"),
+            "author": (r"[^\n\\\\\"]+", "A Name, on one line, without quotes")}
     for key, (pattern, example) in like.items():
-        if not re.fullmatch(pattern, cfg[key]): sys.exit(f"settings.ini: {key} = {cfg[key]} must be like {example}, without a slash at its end")
+        if not re.fullmatch(pattern, cfg[key]): sys.exit(f"settings.ini: {key} = {cfg[key]} must be like {example}")
     return {**cfg, "site": cfg["doc_host"] + cfg["doc_baseurl"]}
 
 
@@ -48,11 +50,12 @@ def changes(root):
     "The files of the project at `root` that are behind settings.ini: {path: text as it should be}; _quarto.yml comes last."
     cfg = settings(root)
     quarto = (root/"_quarto.yml").read_text(encoding="utf-8")
-    old = {name: re.search(rf"^\s*{key}: (\S+)$", quarto, re.M)[1] for name, key in KEYS.items()}
+    old = {name: re.search(rf'^\s*{key}: "?(\S*?)"?$', quarto, re.M)[1] for name, key in KEYS.items()}
     index, cell = root/cfg["lib_name"]/"_modidx.py", make_colab.cell(root)
     found = {}
     for path in [index, *(p for glob in GLOBS for p in sorted(root.glob(glob)) if p.is_file())]:
-        text = path.read_text(encoding="utf-8")
+        try: text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError: continue      # a picture
         if path == index:
             new = re.sub(r"'(doc_baseurl|doc_host|git_url|branch)': '[^']*'", lambda m: f"'{m[1]}': '{cfg[m[1]]}'", text)
         else: new = readdress(text, old, cfg)

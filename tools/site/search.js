@@ -3,7 +3,8 @@
 document.addEventListener("DOMContentLoaded", () => {
   const Alike = window.Fuse, SKIP = 6;                          // the longest end that may be missing: "sampl", "sampling"
   const HEADING = [0, 50, 180, 300], TEXT = [0, 15, 40, 60];    // by how well a word is found
-  const plain = s => s.toLowerCase().replace(/[^\p{L}\p{N}_]+/gu, " ").trim();
+  const GREEK = {α: "alpha", β: "beta", ε: "epsilon", ϵ: "epsilon", θ: "theta", λ: "lambda", μ: "mu", σ: "sigma", Σ: "Sigma"};
+  const plain = s => s.replace(/[αβεϵθλμσΣ]/g, c => ` ${GREEK[c]} `).toLowerCase().replace(/[^\p{L}\p{N}_]+/gu, " ").trim();
   // How well a word is found in a text: 3 by itself, 2 as part of a name_with_parts, 1 as the beginning of a word, 0 not.
   const found = (word, text) => {
     let best = 0;
@@ -25,7 +26,8 @@ document.addEventListener("DOMContentLoaded", () => {
         file: plain(item.href.replace(/\.html.*/, "")), text: ` ${plain(item.text.replace(/\\([A-Za-z]+)/g, " $1 "))} `}));
     }
     search(query, {limit} = {}) {
-      const all = plain(query), words = all.split(" ").filter(Boolean);
+      const all = plain(query), words = [...new Set(all.split(" ").filter(Boolean))].slice(0, 12);   // nobody types more
+      if (!words.length) return [];
       const hits = this.entries.map(e => {
         let score = 0;
         for (const w of words) {
@@ -38,7 +40,7 @@ document.addEventListener("DOMContentLoaded", () => {
         if (e.section === all || !e.section && e.title.replace(/^(the|a|an) /, "") === all) score += 1000;
         return {item: e.item, score, place: e.place};
       }).filter(Boolean).sort((a, b) => b.score - a.score || a.place - b.place);
-      if (!hits.length) return this.alike ? this.alike.search(query, {limit}) : [];
+      if (!hits.length) return this.alike && query.length <= 32 ? this.alike.search(query, {limit}) : [];   // it takes seconds for a long one
       return hits.slice(0, limit);
     }
   };
