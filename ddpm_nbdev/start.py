@@ -39,7 +39,8 @@ def _others_run()->bool:
     "Does another program want a core now? (Linux; elsewhere nobody knows: no.)"
     for _ in range(3):
         try:
-            with open('/proc/loadavg') as f: running = int(f.read().split()[3].split('/')[0])
+            with open('/proc/loadavg') as f: fields = f.read().split()
+            running = int(fields[3].split('/')[0])       # "running/all"
         except (OSError, ValueError, IndexError): return False
         if running > 1: return True                      # 1: this process
         time.sleep(.005)

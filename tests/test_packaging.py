@@ -57,7 +57,7 @@ def test_how_to_cite():
     "CITATION.cff is of this version and address, and names the paper."
     text = (ROOT/"CITATION.cff").read_text(encoding="utf-8")
     said = dict(re.findall(r"^([\w-]+): (.+)$", text, re.M))
-    assert said["cff-version"] == "1.2.0" and said["version"] == CFG["version"] and said["license"] == "Apache-2.0"
+    assert said["cff-version"] == "1.2.0" and said["version"] == f'"{CFG["version"]}"' and said["license"] == "Apache-2.0"
     assert said["repository-code"] == f'"{CFG["git_url"]}"' and said["url"] == f'"{CFG["doc_host"]}{CFG["doc_baseurl"]}"'
     assert "preferred-citation:" in text and "arxiv.org/abs/2006.11239" in text and all(n in text for n in ("Ho,", "Jain,", "Abbeel,"))
 

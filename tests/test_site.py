@@ -4,6 +4,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -180,6 +182,28 @@ def test_a_folder_that_is_no_site_is_kept(toy, tmp_path):
     (tmp_path/"precious.txt").touch()
     res = build(toy[2], tmp_path)
     assert res.returncode == 1 and "not a site" in res.stderr and [p.name for p in tmp_path.iterdir()] == ["precious.txt"]
+
+
+def test_a_checkout_a_file_and_what_is_no_project_are_refused_before_anything_is_built(tmp_path):
+    "A worktree for publishing holds a site, and its history."
+    for name in (".git", "site_libs"): (tmp_path/"pages"/name).mkdir(parents=True)
+    (tmp_path/"file").touch()
+    for root, out, words in ((ROOT, tmp_path/"pages", "is a checkout of git"), (ROOT, tmp_path/"file", "is not a folder"), (tmp_path, tmp_path/"new", "is no project")):
+        res = build(root, out)
+        assert res.returncode == 1 and words in res.stderr and len(res.stderr.splitlines()) == 1, res.stderr
+    assert (tmp_path/"pages/.git").is_dir() and (tmp_path/"file").is_file() and not (tmp_path/"new").exists()
+
+
+def test_a_link_in_a_link_is_none(tmp_path, monkeypatch):
+    "Names that nbdev links inside the words of a link; and what would still be read as Markdown is a fault."
+    monkeypatch.syspath_prepend(ROOT/"tools")
+    tool = module_from_spec(spec_from_loader("build_site", SourceFileLoader("build_site", str(ROOT/"tools/build_site"))))
+    tool.__loader__.exec_module(tool)
+    cell = {"source": "See [`f` and [`g`](https://x.org/m.html#g), or [`h`](m.html#h)](20_cli.ipynb), [`f`](m.html#f), [not](n.html)."}
+    tool.unlink_inner(cell)
+    assert cell["source"] == "See [`f` and `g`, or `h`](20_cli.ipynb), [`f`](m.html#f), [not](n.html)."
+    (tmp_path/"a.html").write_text("<html><body><p>see [the page](b.ipynb)</p><pre>a[0](1)</pre></body></html>")
+    assert [line for line in tool.problems(tmp_path)] == ["a.html: Markdown that is read as text: ...see [the page](b.ipynb)"]
 
 
 QUARTO = """<!doctype html><html><head><title>q</title>

@@ -122,6 +122,35 @@ def test_search_finds_whole_words_in_headings_first(tab, site, words, first):
         for w in re.split(r"\W", words.lower()): assert re.search(rf"(?<![^\W_]){w}", texts[href]), (href, w)
 
 
+def test_search_of_no_word_and_of_a_whole_page_is_answered_at_once(tab):
+    "Signs are no words; a Greek letter is its name; what nobody types is not looked for alike, which takes seconds."
+    tab.goto("/index.html")
+    for words in (".*", "::", "a"*500, "noise "*3000):
+        start = tab.evaluate("performance.now()")
+        tab.fill("[type=search]", words)
+        tab.wait_for_selector("text=No results" if "noise" not in words else ".search-result")
+        assert tab.evaluate("performance.now()") - start < 4000
+        tab.fill("[type=search]", "")
+        tab.wait_for_selector(".smalldocs-search-results:not(.show)", state="attached")
+    tab.fill("[type=search]", "β_t")
+    tab.wait_for_selector(".search-result")
+
+
+@pytest.mark.parametrize("stored", ["constructor", "__proto__", "all", ""])
+def test_a_mode_that_is_none_is_the_story(tab, stored):
+    tab.goto("/posterior.html")
+    tab.evaluate("v => localStorage.setItem('read', v)", stored)
+    tab.reload()
+    assert tab.evaluate("document.documentElement.dataset.read") == "story"
+
+
+def test_an_address_of_a_name_opens_its_source(tab):
+    tab.goto("/schedule.html#quadratic_schedule")
+    tab.wait_for_function("""[...document.querySelectorAll("details.code-fold[open] code")].some(e => /^def quadratic_schedule/m.test(e.textContent))""")
+    tab.goto("/schedule.html#%")
+    assert tab.locator("main h1").inner_text()
+
+
 def test_search_of_a_word_that_is_misspelled(tab):
     tab.goto("/index.html")
     assert any(href.startswith("posterior.html") for href, _, _ in hits(tab, "postrior")[:3])
