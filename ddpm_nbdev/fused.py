@@ -79,7 +79,8 @@ def _mask(x, drawn):
     return mask.mul_(x).mul_(2**16/(2**16-cut))
 
 class Dropout(nn.Dropout):
-    "nn.Dropout, but on a CPU its masks cost fewer random bits and are not kept."
+    """nn.Dropout (Appendix B), but on a CPU its masks cost fewer random bits and are
+    not kept. p in [0, 1], to a multiple of 2^-16; ValueError as for nn.Dropout."""
     def forward(self,
         x:Tensor,  # features, any shape
     )->Tensor:     # same shape

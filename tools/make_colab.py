@@ -4,12 +4,10 @@
 Nothing that this project runs executes the cell, and the site does not show it. With --check nothing is written; the exit status
 is 1 if a notebook has no such cell, or another.
 """
-import argparse
 import json
-import sys
 from configparser import ConfigParser
-from pathlib import Path
 
+import derived
 from run_notebooks import find_notebooks
 
 ID = "colab"   # of the cell, in every notebook
@@ -58,15 +56,7 @@ def write(root):
     for path, text in changes(root).items(): path.write_text(text, encoding="utf-8")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parents[1], help="project (default: this one)")
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    args = parser.parse_args()
-    if not args.check: return write(args.root.resolve())
-    found = [f"{p.name}: its second cell is not the one that installs the package; run tools/make_colab.py" for p in changes(args.root.resolve())]
-    print("\n".join(found) or "every notebook has the cell that installs the package")
-    sys.exit(bool(found))
+def problems(root): return [f"{p.name}: its second cell is not the one that installs the package; run tools/make_colab.py" for p in changes(root)]
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": derived.main(__doc__, write, problems, "every notebook has the cell that installs the package")

@@ -3,11 +3,10 @@
 
 With --check nothing is written; the exit status is 1 if what is there is not what the notebook gives.
 """
-import argparse
 import posixpath
 import re
-import sys
-from pathlib import Path
+
+import derived
 
 PICTURES = "index_files"
 
@@ -83,15 +82,4 @@ def write(root):
         (root/name).write_bytes(data)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parents[1], help="project (default: this one)")
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    args = parser.parse_args()
-    if not args.check: return write(args.root.resolve())
-    found = problems(args.root.resolve())
-    print("\n".join(found) or "README.md is what index.ipynb gives")
-    sys.exit(bool(found))
-
-
-if __name__ == "__main__": main()
+if __name__ == "__main__": derived.main(__doc__, write, problems, "README.md is what index.ipynb gives")

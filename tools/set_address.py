@@ -4,13 +4,12 @@
 What cannot read settings.ini is rewritten: _quarto.yml, CITATION.cff, links in Markdown, notebooks and workflows, the settings that
 nbdev exports into _modidx.py, the cells of make_colab.py. With --check nothing is written; the exit status is 1 if a file is behind.
 """
-import argparse
 import json
 import re
 import sys
 from configparser import ConfigParser, InterpolationError
-from pathlib import Path
 
+import derived
 import make_colab
 
 GLOBS = ["*.md", "CITATION.cff", "nbs/*.ipynb", "nbs/live/*", "benchmarks/*.md", ".github/**/*", "_quarto.yml"]
@@ -71,16 +70,7 @@ def write(root):
     for path, text in changes(root).items(): path.write_text(text, encoding="utf-8")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("root", nargs="?", type=Path, default=Path(__file__).parents[1], help="project (default: this one)")
-    parser.add_argument("--check", action="store_true", help="compare, write nothing")
-    args = parser.parse_args()
-    root = args.root.resolve()
-    if not args.check: return write(root)
-    found = [f"{p.relative_to(root)}: not what settings.ini says; run tools/set_address.py" for p in changes(root)]
-    print("\n".join(found) or "every file has the address, the author and the version of settings.ini")
-    sys.exit(bool(found))
+def problems(root): return [f"{p.relative_to(root)}: not what settings.ini says; run tools/set_address.py" for p in changes(root)]
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__": derived.main(__doc__, write, problems, "every file has the address, the author and the version of settings.ini")
