@@ -8,18 +8,19 @@ __all__ = ['BitsPerDim', 'DDPM', 'draw_samples']
 # %% ../nbs/10_ddpm.ipynb #77fe25ea
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from fastprogress.fastprogress import progress_bar
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bound import choose_steps, _count_steps, prior_kl, vlb_terms
 from .decoder import (_check_levels, check_grid, discretized_gaussian_cdf,
                                 discretized_gaussian_log_likelihood, to_uint8)
 from .files import WeightsError
+from .graphs import Traced
 from .machines import eval_mode, gather_rows, my_share
 from .noise import indexed_noise, subseed
 from .objective import OBJECTIVES, training_losses
@@ -283,6 +284,7 @@ def draw_samples(
     its share, and all get the whole. ValueError if an image comes out not finite."""
     for name, v, least in (('n', n, 0), ('batch_size', batch_size, 1)):
         if v < least: raise ValueError(f"{name} must be at least {least}, got {v}")
+    if isinstance(ddpm.model, nn.Module): ddpm = replace(ddpm, model=Traced(ddpm.model))
     batches = _sample_batches(ddpm, my_share(n), seed, batch_size, progress, watch)
     parts = [torch.zeros(0, *ddpm.shape, dtype=torch.uint8)]
     parts += [to_uint8(x, ddpm.levels).cpu() for x in batches]

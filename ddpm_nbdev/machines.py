@@ -149,6 +149,7 @@ class LowPrecision(nn.Module):
     ):
         super().__init__()
         self.model, self.dtype = copy.deepcopy(model).to(dtype), dtype
+        self.recordable = getattr(model, 'recordable', False)
 
     def forward(self, xt, t): return self.model(xt.to(self.dtype), t).float()
 

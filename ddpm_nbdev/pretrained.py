@@ -26,6 +26,8 @@ from .unet import UNet
 # %% ../nbs/11a_pretrained.ipynb #554cedd6
 class OfficialUNet(UNet):
     "The same network, for weights that were trained with t counted from 0."
+    recordable = True
+
     def forward(self,
         xt:Tensor, # noised images, `(b, in_channels, h, w)`
         t:Tensor,  # steps, `(b,)`, the paper's 1..T

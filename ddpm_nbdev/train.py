@@ -151,9 +151,8 @@ def _check_settings(cfg):
         if not isinstance(v := getattr(cfg, n), str) or v not in table:
             raise ConfigError(f"unknown {n} {v!r}; known: {', '.join(table)}")
     if cfg.batch_size % cfg.shards:
-        raise ConfigError(f"a batch of {cfg.batch_size} cannot be cut into "
-                          f"{cfg.shards} equal shards: choose a batch size that is a "
-                          "multiple")
+        raise ConfigError(f"a batch of {cfg.batch_size} cannot be cut into {cfg.shards}"
+                          " equal shards: choose a batch size that is a multiple")
     if cfg.keep_every % cfg.checkpoint_every:
         raise ConfigError("keep_every must be a multiple of checkpoint_every="
                           f"{cfg.checkpoint_every}, got {cfg.keep_every}")
@@ -217,6 +216,7 @@ _IMAGE256 = dict(size=256, model_args=_UNET256, variance='beta_tilde', batch_siz
                  lr=2e-5)                                  # what all 256x256 runs share
 _SMALL = dict(num_res_blocks=1, groups=8)
 _SHORT = dict(warmup=200, ema_decay=.999, ema_warmup=True) # for some thousand updates
+_HOURS = dict(lr=1e-3, log_every=50, checkpoint_every=500, sample_every=0, **_SHORT)
 
 PRESETS = {
     'digits': TrainConfig('digits',
@@ -225,11 +225,12 @@ PRESETS = {
         log_every=25, checkpoint_every=250, sample_every=0),
     'folder': TrainConfig('folder', steps=3000, batch_size=32, lr=5e-4, dropout=.1,
         log_every=25, checkpoint_every=100, sample_every=1000, **_SHORT),
-    'fashion_mnist': TrainConfig('fashion_mnist',
-        model_args=dict(ch=32, ch_mult=[1, 2, 2], attn_resolutions=[7], **_SMALL),
-        steps=7000, batch_size=32, lr=1e-3,
-        log_every=50, checkpoint_every=500, sample_every=0, **_SHORT),
+    'fashion_mnist': TrainConfig('fashion_mnist', steps=7000, batch_size=32, **_HOURS,
+        model_args=dict(ch=32, ch_mult=[1, 2, 2], attn_resolutions=[7], **_SMALL)),
     'cifar10': TrainConfig('cifar10', flip=True, model_args=_UNET32, dropout=.1),
+    'cifar10_small': TrainConfig('cifar10', flip=True, precision='bfloat16',
+        steps=9000, batch_size=64, **_HOURS | dict(ema_decay=.9995),
+        model_args=dict(ch=32, ch_mult=[1, 2, 3, 3], attn_resolutions=[8], **_SMALL)),
     'celebahq256': TrainConfig('folder', flip=True, steps=500_000, **_IMAGE256),
     'lsun256': TrainConfig('lsun', steps=1_200_000, **_IMAGE256),
     'lsun256_large': TrainConfig('lsun', flip=False, steps=1_150_000,

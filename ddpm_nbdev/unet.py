@@ -189,6 +189,8 @@ def _check_unet(
 # %% ../nbs/11_unet.ipynb #6f1cf970
 class UNet(nn.Module):
     "The network of Appendix B: predicts the noise in x_t, given t."
+    recordable = True                 # its operations depend on shapes, not values
+
     def __init__(self,
         in_channels:int=3,            # channels of the images
         out_channels:int|None=None,   # channels of the prediction; None: as in_channels
