@@ -13,12 +13,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT/"tools"))
 import check_outputs  # noqa: E402
 from check_outputs import differences, is_close, picture_difference, text_difference  # noqa: E402
-from run_notebooks import Runner  # noqa: E402
+from run_notebooks import Runner, smaller  # noqa: E402
 
 # Seconds that these take; `tools/check_outputs.py` without names runs them too. A new notebook is run here if it is not listed.
 SLOW = {"13_train.ipynb": 27, "14_likelihood.ipynb": 52, "16_progressive.ipynb": 46, "17_interpolate.ipynb": 42, "18_connections.ipynb": 45,
@@ -161,6 +162,31 @@ def test_pictures():
     assert picture_difference(old, png(pixels, "3.11.9")) is None                # one gray level in one pixel
     pixels[100:110, 200:210] = 0
     assert picture_difference(old, png(pixels))                                  # a spot
+
+
+def png(pixels, **kw):
+    Image.fromarray(pixels).save(out := io.BytesIO(), "PNG", **kw)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["gray", "few colors", "many colors", "hidden", "half hidden"])
+def test_pictures_are_stored_in_few_bytes(kind):
+    "Every pixel stays; what hides nothing and repeats itself goes."
+    draw = np.random.default_rng(0)
+    pixels = np.full((60, 80, 4), 255, np.uint8)
+    if kind == "gray": pixels[..., :3] = draw.integers(0, 256, (60, 80, 1))
+    elif kind == "few colors": pixels[..., :3] = draw.integers(0, 256, (40, 3))[draw.integers(0, 40, (60, 80))]
+    else: pixels[..., :3] = draw.integers(0, 256, (60, 80, 3))
+    if "hidden" in kind: pixels[:30, :, 3] = 0 if kind == "hidden" else 128
+    said = PngInfo()
+    said.add_text("Software", "Matplotlib version 3.9.0")
+    old = png(pixels, pnginfo=said, dpi=(90, 90))
+    new = smaller(old)
+    a, b = (Image.open(io.BytesIO(f)) for f in (old, new))
+    assert (np.asarray(b.convert("RGBA")) == pixels).all() and len(new) <= len(old)
+    assert b.info["Software"] == a.info["Software"] and b.info["dpi"] == a.info["dpi"]
+    most = {"gray": .45, "few colors": .4, "many colors": .95}
+    assert new == old if "hidden" in kind else len(new) < most[kind]*len(old)
 
 
 def test_tool(tmp_path):

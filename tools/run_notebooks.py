@@ -5,6 +5,8 @@ Cells with `#| eval: false`, and cells whose flag (`#| slow`, `#| gpu`, `#| data
 keep their stored outputs. A notebook in which a cell fails is left as it was, and the exit status is 1.
 """
 import argparse
+import base64
+import io
 import json
 import os
 import queue
@@ -33,6 +35,31 @@ def find_notebooks(paths):
         if not found: raise SystemExit(f"{p}: no notebooks")
         res += [f.resolve() for f in found]
     return list(dict.fromkeys(res))
+
+
+def smaller(png):
+    "A PNG file with the same pixels in fewer bytes: no alpha channel that hides nothing, gray or a palette where that says it all."
+    from PIL import Image, ImageChops
+    from PIL.PngImagePlugin import PngInfo
+    file = Image.open(io.BytesIO(png))
+    old, said, dpi = file.convert("RGBA"), PngInfo(), file.info.get("dpi")
+    if old.getextrema()[3] != (255, 255): return png
+    if "Software" in file.info: said.add_text("Software", file.info["Software"])  # which tools/check_outputs.py asks for
+    plain, n = old.convert("RGB"), len(old.getcolors(257) or [None]*257)
+    files = [png]
+    for new in (plain, plain.convert("L"), plain.quantize(n, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) if n <= 256 else plain):
+        if ImageChops.difference(new.convert("RGB"), plain).getbbox(): continue  # not the same
+        new.save(out := io.BytesIO(), "PNG", optimize=True, pnginfo=said, dpi=dpi)
+        files.append(out.getvalue())
+    return min(files, key=len)
+
+
+def shrink_pictures(nb):
+    "Store the pictures that cells show in fewer bytes: a notebook has a limit."
+    for cell in nb.cells:
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            if "image/png" in data: data["image/png"] = base64.b64encode(smaller(base64.b64decode(data["image/png"]))).decode()
 
 
 def execute(path, flags):
@@ -70,6 +97,7 @@ def execute(path, flags):
         sys.exit(f"{shell.prettytb(fname=path.name)}\nCell #{shell._cell_idx} of {path.name} is\n{source}")
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".run") as tmp:  # the notebook is replaced whole or not at all
         new = Path(tmp)/path.name
+        shrink_pictures(nb)
         write_nb(nb, new)
         nbdev_clean(fname=str(new))
         os.replace(new, path)
