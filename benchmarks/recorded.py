@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from speed import cpu_facts
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_nbdev import ddpm as page10
 from ddpm_nbdev.ddpm import DDPM, draw_samples
-from ddpm_nbdev.graphs import Traced
+from ddpm_nbdev.graphs import Traced, traced
 from ddpm_nbdev.machines import fast_layout
 
 CALLS = ('digits', 16), ('digits', 64), ('fashion_mnist', 16)      # which network, images
@@ -36,13 +37,24 @@ def calls(name, n, rounds):
     d = DDPM.from_pretrained(name)
     net = fast_layout(d.model).eval()
     x, t = torch.randn(n, *d.shape), torch.full((n,), d.sched.T//2)
-    both = {'plain': net, 'recorded': Traced(net, patience=0)}
+    both = {'plain': net, 'recorded': Traced(net)}
     found = {k: [] for k in both}
     with torch.no_grad():
-        error = (both['recorded'](x, t) - net(x, t)).abs().max().item()
+        with Operations() as counted: right = net(x, t)
+        start = time.perf_counter()
+        error = (both['recorded'](x, t) - right).abs().max().item()       # the first one records
+        recording = time.perf_counter()-start
         for _ in range(rounds):
             for k, f in both.items(): found[k].append(1e3*seconds(lambda f=f: f(x, t), 5))
-    return {'model': name, 'images': n, 'error': error, 'ms': found}
+    return {'model': name, 'images': n, 'operations': counted.n, 'error': error,
+            'recording': recording, 'ms': found}
+
+class Operations(TorchDispatchMode):
+    "Counts what PyTorch is told to do."
+    n = 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += 1
+        return func(*args, **kwargs or {})
 
 def chains(n, rounds):
     "Seconds of `draw_samples` on the digits network, plain and recorded; what differs."
@@ -51,11 +63,11 @@ def chains(n, rounds):
     found, images = {'plain': [], 'recorded': []}, {}
     for _ in range(rounds):
         for k in found:
-            page10.Traced = Traced if k == 'recorded' else lambda model: model
+            page10.traced = traced if k == 'recorded' else lambda model, calls: model
             start = time.perf_counter()
             images[k] = draw_samples(d, n)
             found[k].append(time.perf_counter()-start)
-    page10.Traced = Traced
+    page10.traced = traced
     differ = (images['plain'] != images['recorded']).sum().item()
     return {'images': n, 'seconds': found, 'differ': differ, 'of': images['plain'].numel()}
 

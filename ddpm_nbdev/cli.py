@@ -200,7 +200,8 @@ def ddpm_train(
 )->dict:                   # what is written to metrics.json
     """Train a diffusion model on a dataset, or on the pictures of a folder; write
     samples, weights and numbers to a folder. Presets: digits, folder, fashion_mnist,
-    cifar10, celebahq256, lsun256, lsun256_large. Under torchrun, on many devices."""
+    cifar10, cifar10_small, celebahq256, lsun256, lsun256_large. Under torchrun, on many
+    devices."""
     if tensorboard: _summary_writer()                         # is it there?
     settings = {k: v for k, v in settings.items() if v is not None}
     _check_call(samples, resume, preset=preset, config=config, init=init)
@@ -258,7 +259,7 @@ def _wrote(plan, out, n, kept): # a line for each file
 
 @command
 def ddpm_sample(
-    what:str,              # a run, checkpoint, diffusers model, digits, fashion_mnist
+    what:str,              # a run, checkpoint, diffusers model or one that ships
     n:int=None,            # how many images (default: 64, on a slow device fewer)
     seed:int=0,            # same seed, same images (default 0)
     steps_used:int=None,   # only so many steps, and then beta_tilde (default: all)
@@ -278,9 +279,9 @@ def ddpm_sample(
     quiet:bool=False,      # print nothing but errors
 )->Path:                   # the file, or the folder
     """Draw images from a trained model: the folder of a run, one of its checkpoints, a
-    folder from diffusers or its name on the hub, or a model that ships with the
-    package. A .safetensors file holds them as one uint8 tensor. Under torchrun, each
-    process draws its share."""
+    folder from diffusers or its name on the hub, or a model that ships with the package
+    (digits, fashion_mnist, cifar10_small). A .safetensors file holds them as one uint8
+    tensor. Under torchrun, each process draws its share."""
     _check_options(seed, precision, n=n, batch_size=batch_size, steps_used=steps_used,
                    ncol=ncol, scale=scale)
     if variance not in (None, *_CHOSEN):
@@ -367,7 +368,7 @@ def _say_found(what, found, ddpm, quality, say):
 # %% ../nbs/20_cli.ipynb #adf11a85
 @command
 def ddpm_evaluate(
-    what:str,              # a run, checkpoint, diffusers model, digits, fashion_mnist
+    what:str,              # a run, checkpoint, diffusers model or one that ships
     dataset:str=None,      # images to evaluate on (default: what it was trained on)
     steps:int=20,          # values of t to draw at random for each image (default 20)
     exact:bool=False,      # every t for every image instead

@@ -38,7 +38,7 @@ from .decoder import to_uint8
 from .files import WeightsError
 from .formats import _Progress
 from .models import (_calibrated, _check_writable, _data_of, _free_name, _load,
-                               _ours, _shipped_models, _tables_of)
+                               _ours, _shipped_models, _tables_of, _trained_on)
 from .progressive import compress, decompress, fingerprints, receive, send
 from .run import _can_show_progress, _save_samples
 from .sheets import _free_output, _grays, _keep, _numbered_folder, _to_pixels
@@ -102,6 +102,8 @@ def _model_name(model, data):
     kind, _, path = (data or '').partition(':')
     run = Path('runs')/(Path(path).expanduser().resolve().name if path else kind)
     if data and _ours(run): return str(run)
+    for name in _shipped_models():
+        if _trained_on(name) == data: return name
     raise ValueError("which model? Name a run, or one that ships with the package "
                      f"({', '.join(_shipped_models())}), with --model"
                      + f"; there is none in {run}"*bool(data))

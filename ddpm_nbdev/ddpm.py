@@ -14,13 +14,13 @@ from typing import NamedTuple
 
 import torch
 from fastprogress.fastprogress import progress_bar
-from torch import Tensor, nn
+from torch import Tensor
 
 from .bound import choose_steps, _count_steps, prior_kl, vlb_terms
 from .decoder import (_check_levels, check_grid, discretized_gaussian_cdf,
                                 discretized_gaussian_log_likelihood, to_uint8)
 from .files import WeightsError
-from .graphs import Traced
+from .graphs import traced
 from .machines import eval_mode, gather_rows, my_share
 from .noise import indexed_noise, subseed
 from .objective import OBJECTIVES, training_losses
@@ -284,7 +284,7 @@ def draw_samples(
     its share, and all get the whole. ValueError if an image comes out not finite."""
     for name, v, least in (('n', n, 0), ('batch_size', batch_size, 1)):
         if v < least: raise ValueError(f"{name} must be at least {least}, got {v}")
-    if isinstance(ddpm.model, nn.Module): ddpm = replace(ddpm, model=Traced(ddpm.model))
+    if type(ddpm) is DDPM: ddpm = replace(ddpm, model=traced(ddpm.model, ddpm.sched.T))
     batches = _sample_batches(ddpm, my_share(n), seed, batch_size, progress, watch)
     parts = [torch.zeros(0, *ddpm.shape, dtype=torch.uint8)]
     parts += [to_uint8(x, ddpm.levels).cpu() for x in batches]

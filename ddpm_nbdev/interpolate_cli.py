@@ -28,7 +28,7 @@ from .codec_cli import _chosen_images, _data_name, _model_name
 from .commands import _check_options, _choose_device, _printer, command
 from .ddpm import DDPM
 from .decoder import to_model_range, to_uint8
-from .graphs import Traced
+from .graphs import traced
 from .interpolate import _MIXES, _NOISES, interpolate
 from .likelihood import stride
 from .models import _free_name, find_model
@@ -104,7 +104,7 @@ def _rows(
     "Rows of the one image, n decodings, and the other."
     x = to_model_range(ends, ddpm.levels)
     calls, rows = sum(places)*-(-n//batch_size), []
-    ddpm = replace(ddpm, model=Traced(ddpm.model))
+    ddpm = replace(ddpm, model=traced(ddpm.model, calls))
     bar = progress_bar if progress is True else progress
     with _each_call(ddpm.model, calls+1, bar):      # the last one ends the line
         for t in places:

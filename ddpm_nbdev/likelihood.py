@@ -165,6 +165,8 @@ def measure_mse(
 # %% ../nbs/14_likelihood.ipynb #3b860734
 class Strided(nn.Module):
     "A network that is called with the steps of a shorter chain, 1..K."
+    recordable = True                    # if its parts are
+
     def __init__(self,
         model,       # model(xt, t), t in 1..T
         steps,       # the K steps that are kept, ascending

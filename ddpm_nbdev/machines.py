@@ -143,13 +143,14 @@ class Autocast(nn.Module):
 
 class LowPrecision(nn.Module):
     "A copy of the network with its weights cast once; it takes and returns float32."
+    recordable = True                    # if its parts are
+
     def __init__(self,
         model:nn.Module,        # model(xt, t)
         dtype=torch.bfloat16,   # precision of weights and activations
     ):
         super().__init__()
         self.model, self.dtype = copy.deepcopy(model).to(dtype), dtype
-        self.recordable = getattr(model, 'recordable', False)
 
     def forward(self, xt, t): return self.model(xt.to(self.dtype), t).float()
 

@@ -20,7 +20,7 @@ from .machines import fast_layout
 from .pretrained import _is_diffusers, load_diffusers
 from .progressive import fingerprints
 from .saved import _shipped, checkpoint_header
-from .train import load_checkpoint
+from .train import PRESETS, load_checkpoint
 
 # %% ../nbs/19b_models.ipynb #61890c87
 def _ours(path):
@@ -97,12 +97,24 @@ def _data_of(
     if dataset is None and (_own_folder(what) or '/' in what):
         raise ValueError(f"{what} does not say what it was trained on: "
                          "name it with --dataset")
-    data = load_dataset(dataset or what, side, channels, data_dir, skip_bad)
+    dataset = dataset or _trained_on(what)
+    data = load_dataset(dataset, side, channels, data_dir, skip_bad)
     if (data.shape, data.levels) != (ddpm.shape, ddpm.levels):
-        raise ValueError(f"{dataset or what} gives images {data.shape} with "
+        raise ValueError(f"{dataset} gives images {data.shape} with "
                          f"{data.levels} levels, the model is for {ddpm.shape} with "
                          f"{ddpm.levels} levels")
     return data
+
+def _trained_on(
+    name:str,  # of a shipped model, or of a data set
+)->str:        # the data set
+    "What a shipped model was trained on: its preset says so."
+    return PRESETS[name].dataset if name in _shipped_models() else name
+
+def _shipped_models()->list[str]:
+    "The names of the models in the package."
+    home = Path(str(files('ddpm_nbdev')))/'weights'
+    return sorted(p.parent.name for p in home.glob('*/config.json'))
 
 # %% ../nbs/19b_models.ipynb #1e8031f4
 def _tables_of(
@@ -138,11 +150,6 @@ def _calibrated(
     mine = fingerprints(ddpm)[0].hex()
     save_calibration(found.calibration, _home(what), weights=mine)
     return found
-
-def _shipped_models()->list[str]:
-    "The names of the models in the package."
-    home = Path(str(files('ddpm_nbdev')))/'weights'
-    return sorted(p.parent.name for p in home.glob('*/config.json'))
 
 # %% ../nbs/19b_models.ipynb #fa7b88f6
 def _free_name(

@@ -229,7 +229,7 @@ PRESETS = {
         model_args=dict(ch=32, ch_mult=[1, 2, 2], attn_resolutions=[7], **_SMALL)),
     'cifar10': TrainConfig('cifar10', flip=True, model_args=_UNET32, dropout=.1),
     'cifar10_small': TrainConfig('cifar10', flip=True, precision='bfloat16',
-        steps=9000, batch_size=64, **_HOURS | dict(ema_decay=.9995),
+        steps=6000, batch_size=64, **_HOURS | dict(ema_decay=.9995),
         model_args=dict(ch=32, ch_mult=[1, 2, 3, 3], attn_resolutions=[8], **_SMALL)),
     'celebahq256': TrainConfig('folder', flip=True, steps=500_000, **_IMAGE256),
     'lsun256': TrainConfig('lsun', steps=1_200_000, **_IMAGE256),

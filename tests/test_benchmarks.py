@@ -197,3 +197,15 @@ def test_busy_tries_each_count_beside_each_number_of_programs(tmp_path):
     assert {r["busy"] for r in rows} == {0, 1, os.cpu_count()} and {r["count"] for r in rows} == {None, 100_000, 10_000, 1_000, 0}
     assert all(len(r["ms"]) == 1 and r["ms"][0] > 0 for r in rows)
     assert run.stdout.count("\n") == 2+len({r["busy"] for r in rows})
+
+
+def test_recorded_measures_calls_and_chains(tmp_path):
+    path = tmp_path/"recorded.json"
+    run = subprocess.run([sys.executable, ROOT/"benchmarks/recorded.py", "--rounds", "1", "--chains", "0", "--json", path], text=True, capture_output=True,
+                         env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert run.returncode == 0, run.stderr
+    rows = json.loads(path.read_text())["calls"]
+    assert [(r["threads"], r["model"], r["images"]) for r in rows] == [(1, "digits", 16), (1, "digits", 64), (1, "fashion_mnist", 16)]
+    assert all(r["error"] < 1e-5 and set(r["ms"]) == {"plain", "recorded"} for r in rows) and run.stdout.count("\n") == 4
+    stored = json.loads((ROOT/"benchmarks/results/recorded.json").read_text())
+    assert {c["differ"] for c in stored["chains"]} == {0} and {r["threads"] for r in stored["calls"]} == {1, 2}

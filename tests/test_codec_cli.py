@@ -199,7 +199,7 @@ def test_tables_of_a_run(call, here, run):
     assert (here/"a.ddpm").read_bytes() == (here/"b.ddpm").read_bytes()
     after = contents(here/"runs/digits")
     assert after.pop("calibration.safetensors") and after == before
-    failed(call(ddpm_decompress, "a.ddpm"), 1, "a.ddpm: made with a model whose weights have hash", "none that ships (digits, fashion_mnist): say with --model")
+    failed(call(ddpm_decompress, "a.ddpm"), 1, "a.ddpm: made with a model whose weights have hash", "none that ships (cifar10_small, digits, fashion_mnist): say with --model")
     assert call(ddpm_decompress, "a.ddpm", "--model", "runs/digits", "--quiet") == (0, "", "") and torch.equal(pictures(here/"a"), IMAGES[:2])
     ddpm_train("digits", steps=6, samples=0, out="runs/digits", resume=True, quiet=True)
     failed(call(ddpm_decompress, "a.ddpm", "--model", "runs/digits", "-o", "c"), 1, "has no tables of its present weights")
@@ -286,7 +286,7 @@ def test_cut_images(call, here):
     (["digits", "--progressive", "--lanes", 4], 2, "lanes are for files of the other kind"), (["digits", "--device", "cpu"], 2, "unrecognized arguments"),
     (["digits", "--model", "fashion_mnist"], 1, "digits are 8x8"),
     (["digits", "digits"], 1, "digits is a data set: it cannot be mixed"), (["folder:nowhere", "--model", "digits"], 1, "no such folder: nowhere"),
-    (["folder:nowhere"], 1, "which model?", ), (["cifar10"], 1, "with --model; there is none in runs/cifar10"),
+    (["folder:nowhere"], 1, "which model?", ), (["lsun:cats"], 1, "with --model; there is none in runs/cats"),
     (["digits", "--model", "nobody"], 1, "no trained model 'nobody'"), (["digits", "-o", "there"], 1, "there exists: choose another --out, or --overwrite it"),
     (["digits", "-o", "folder"], 1, "folder is a folder"), (["digits", "-o", "there/x.ddpm", "--images", 1, "--steps", 2], 1, "there"),
     (["--info", "nothing"], 1, "nothing: No such file or directory"), (["--info", "folder"], 1, "folder: Is a directory")])

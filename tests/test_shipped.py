@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 import ddpm_nbdev
+from ddpm_nbdev.calibration import Calibrated
 from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.files import read_log
 from ddpm_nbdev.train import PRESETS, _build_model
@@ -13,7 +14,7 @@ from ddpm_nbdev.train import PRESETS, _build_model
 WEIGHTS = Path(ddpm_nbdev.__file__).parent/"weights"
 
 
-@pytest.mark.parametrize("name", ["digits", "fashion_mnist"])
+@pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10_small"])
 def test_a_shipped_network_is_the_presets(name):
     ddpm = DDPM.from_pretrained(name)
     cfg = PRESETS[name]
@@ -25,17 +26,19 @@ def test_a_shipped_network_is_the_presets(name):
 
 
 def test_every_shipped_network_is_tested_here():
-    assert sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()) == ["digits", "fashion_mnist"]
+    assert sorted(p.name for p in WEIGHTS.iterdir() if p.is_dir()) == ["cifar10_small", "digits", "fashion_mnist"]
 
 
-def test_fashion_mnist_is_small_and_trained():
-    folder = WEIGHTS/"fashion_mnist"
-    assert (folder/"model.safetensors").stat().st_size < 5e6
+@pytest.mark.parametrize("name, most, loss", [("fashion_mnist", 5e6, .05), ("cifar10_small", 6e6, .04)])
+def test_it_is_small_and_trained(name, most, loss):
+    folder, cfg = WEIGHTS/name, PRESETS[name]
+    assert (folder/"model.safetensors").stat().st_size < most
     assert {v.dtype for v in load_file(folder/"model.safetensors").values()} <= {torch.float16, torch.bfloat16, torch.float32}
     rows = read_log(folder)
-    assert rows[-1]["step"] == PRESETS["fashion_mnist"].steps and rows[-1]["loss"] < .05 < rows[0]["loss"]
-    ddpm = DDPM.from_pretrained("fashion_mnist")
-    x0 = torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(0))*2 - 1
+    assert rows[-1]["step"] == cfg.steps and rows[-1]["loss"] < loss < rows[0]["loss"]
+    ddpm = DDPM.from_pretrained(name)
+    x0 = torch.rand(16, *ddpm.shape, generator=torch.Generator().manual_seed(0))*2 - 1
     for t, bound in ((1000, .01), (900, .02)):           # almost nothing but noise: it must be recognized (untrained: 1)
         loss = ddpm.loss(x0, torch.full((16,), t), generator=torch.Generator().manual_seed(t)).mean()
         assert loss < bound, (t, loss)
+    assert Calibrated.from_pretrained(name).calibration.steps[-1] == 1000 and ddpm.mse.shape == (1001,)

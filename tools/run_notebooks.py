@@ -43,7 +43,7 @@ def smaller(png):
     from PIL.PngImagePlugin import PngInfo
     file = Image.open(io.BytesIO(png))
     old, said, dpi = file.convert("RGBA"), PngInfo(), file.info.get("dpi")
-    if old.getextrema()[3] != (255, 255): return png
+    if old.getextrema()[3] != (255, 255) or "I" in file.mode or getattr(file, "n_frames", 1) > 1: return png
     if "Software" in file.info: said.add_text("Software", file.info["Software"])  # which tools/check_outputs.py asks for
     plain, n = old.convert("RGB"), len(old.getcolors(257) or [None]*257)
     files = [png]
@@ -59,7 +59,7 @@ def shrink_pictures(nb):
     for cell in nb.cells:
         for out in cell.get("outputs", []):
             data = out.get("data", {})
-            if "image/png" in data: data["image/png"] = base64.b64encode(smaller(base64.b64decode(data["image/png"]))).decode()
+            if "image/png" in data: data["image/png"] = base64.b64encode(smaller(base64.b64decode("".join(data["image/png"])))).decode()
 
 
 def execute(path, flags):
