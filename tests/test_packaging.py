@@ -181,7 +181,7 @@ def test_wheel(built):
     assert names(required) == names(RUN_TIME)
     for extra in EXTRAS: assert f"Provides-Extra: {extra}\n" in info["METADATA"]
     for command in CFG["console_scripts"].split(): assert command.replace("=", " = ") in info["entry_points.txt"]
-    assert built[1].stat().st_size < 8e6
+    assert built[1].stat().st_size < 12e6                       # with a color network
 
 
 def metadata(wheel):
