@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What does a recording of a small network's operations save on a CPU?
 
-    python benchmarks/recorded.py                    # a minute or two
+    python benchmarks/recorded.py                    # three minutes
     python benchmarks/recorded.py --json benchmarks/results/recorded.json
 
 A call of a shipped network as it is, and from a recording (`Traced`), in turns; then a whole
@@ -19,6 +19,7 @@ from speed import cpu_facts
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ddpm_nbdev import ddpm as page10
+from ddpm_nbdev import graphs
 from ddpm_nbdev.ddpm import DDPM, draw_samples
 from ddpm_nbdev.graphs import Traced, traced
 from ddpm_nbdev.machines import fast_layout
@@ -38,12 +39,14 @@ def calls(name, n, rounds):
     net = fast_layout(d.model).eval()
     x, t = torch.randn(n, *d.shape), torch.full((n,), d.sched.T//2)
     both = {'plain': net, 'recorded': Traced(net)}
+    graphs._made.clear()                              # a process makes few, else
     found = {k: [] for k in both}
     with torch.no_grad():
         with Operations() as counted: right = net(x, t)
         start = time.perf_counter()
         error = (both['recorded'](x, t) - right).abs().max().item()       # the first one records
         recording = time.perf_counter()-start
+        assert both['recorded'].recorded and len(graphs._made) == 1
         for _ in range(rounds):
             for k, f in both.items(): found[k].append(1e3*seconds(lambda f=f: f(x, t), 5))
     return {'model': name, 'images': n, 'operations': counted.n, 'error': error,
@@ -64,6 +67,7 @@ def chains(n, rounds):
     for _ in range(rounds):
         for k in found:
             page10.traced = traced if k == 'recorded' else lambda model, calls: model
+            graphs._made.clear()
             start = time.perf_counter()
             images[k] = draw_samples(d, n)
             found[k].append(time.perf_counter()-start)
