@@ -243,16 +243,21 @@ def calibrate(
     points:int=64,       # steps at which it is measured, at most
     pixels:int=300_000,  # how many it should see at least
     progress=None,       # wraps the steps, such as fastprogress' progress_bar
+    first:int|None=None, # the smallest t that is measured; None: T/250
 )->Calibrated:           # the same network with tables
-    "Measure how wrong the network's guesses are. ValueError for no images."
+    """Measure how wrong the network's guesses are. ValueError for no images, or a first
+    t not in 1..T-1."""
     if len(x0) == 0: raise ValueError("there is no image to measure on")
     if points < 2 or pixels < 3:
         raise ValueError("at least 2 points and 3 pixels are needed, "
                          f"got points={points}, pixels={pixels}")
     T = ddpm.sched.T
+    first = max(1, T//250) if first is None else first
+    if not 1 <= first < max(T, 2): raise ValueError(f"first must be from 1 to {T-1}, "
+                                                    f"got {first}")
     x0 = x0[:max(1, -(-pixels//x0[0].numel()))]
     draws = min(64, max(1, round(pixels/x0.numel())))
-    ts = np.geomspace(max(1, T//250), T, min(points, T)).round().astype(int)
+    ts = np.geomspace(first, T, min(points, T)).round().astype(int)
     ts, last = np.unique(ts).tolist(), max(1, T*64//1000)
     rows, decoders = [], []
     with eval_mode(ddpm.model):

@@ -84,7 +84,7 @@ def _fusion():
     finally: torch.jit.enable_onednn_fusion(was)
 
 _LARGEST = 5_000_000        # parameters: a large network has little to gain
-_made, _MOST = [], 16       # PyTorch keeps 20 MB of each until the process ends
+_made, _MOST = [], 16       # PyTorch keeps each until the process ends, so here too
 _one_at_a_time = threading.Lock()       # flags and filters are the whole process's
 
 def _record_on_cpu(
@@ -131,7 +131,7 @@ class Traced(nn.Module):
         return self.recorded[key](xt, t)
 
 def _recordable(model):
-    "Does it say so, and is each part one that is known, in eval mode, and not heard?"
+    "Does it say so, and is each part known, in eval mode, and without hooks?"
     def fit(m):
         says = vars(type(m)).get('recordable', False)    # by itself: not inherited
         known = says or type(m).__module__.partition('.')[0] in ('torch', 'ddpm_nbdev')
