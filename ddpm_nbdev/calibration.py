@@ -253,8 +253,8 @@ def calibrate(
                          f"got points={points}, pixels={pixels}")
     T = ddpm.sched.T
     first = max(1, T//250) if first is None else first
-    if not 1 <= first < max(T, 2): raise ValueError(f"first must be from 1 to {T-1}, "
-                                                    f"got {first}")
+    if not 1 <= first <= max(T-1, 1):
+        raise ValueError(f"first must be from 1 to {max(T-1, 1)}, got {first}")
     x0 = x0[:max(1, -(-pixels//x0[0].numel()))]
     draws = min(64, max(1, round(pixels/x0.numel())))
     ts = np.geomspace(first, T, min(points, T)).round().astype(int)

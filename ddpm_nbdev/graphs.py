@@ -56,7 +56,7 @@ class Replayed(nn.Module):
     ):
         super().__init__()
         self.model, self.recorded = model, {}
-        self.train(model.training)
+        self.training = model.training          # of itself; its parts stay as they are
 
     def _apply(self, fn, recurse=True):     # what moves weights ends here
         self.recorded.clear()

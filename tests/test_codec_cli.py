@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from ddpm_nbdev import formats, models
 from ddpm_nbdev.calibration import calibrate
 from ddpm_nbdev.cli import ddpm_train
-from ddpm_nbdev.codec_cli import _grays, _sheet, ddpm_compress, ddpm_decompress
+from ddpm_nbdev.codec_cli import _grays, _model_name, _sheet, ddpm_compress, ddpm_decompress
 from ddpm_nbdev.commands import _make_parser
 from ddpm_nbdev.container import unpack
 from ddpm_nbdev.data import load_dataset
+from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.formats import _Progress
 from ddpm_nbdev.progressive import compress, send
 from ddpm_nbdev.saved import _shipped
@@ -353,3 +354,11 @@ def test_sheet_by_hand():
         want = np.zeros((-(-n//ncol)*2, ncol*3), np.uint8)
         for i in range(n): want[i//ncol*2:i//ncol*2+2, i % ncol*3:i % ncol*3+3] = x[i]
         assert (_sheet(x) == want).all()
+
+
+def test_a_data_set_has_its_model(tmp_path, monkeypatch):
+    "The one of its name that ships; else a run of one's own; else the one that ships and was trained on it."
+    monkeypatch.chdir(tmp_path)
+    assert [_model_name(None, d) for d in ("digits", "fashion_mnist", "cifar10")] == ["digits", "fashion_mnist", "cifar10_small"]
+    DDPM.from_pretrained("cifar10_small").save("runs/cifar10")
+    assert _model_name(None, "cifar10") == "runs/cifar10" and _model_name("digits", "cifar10") == "digits"
