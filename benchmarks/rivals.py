@@ -94,13 +94,14 @@ def all_batches(s):
     "step -> images and their places, from memory: the same for all."
     return Batches(s.data.train.to(s.device), s.batch, flip=True, levels=s.data.levels)
 
-def ours_state(s, precision='float32', layout='channels last', compiled=False, recorded=False):
-    "The package's own training state for the settings `s`."
+def ours_state(s, precision='float32', layout=None, compiled=False, recorded=False):
+    "The package's own training state for the settings `s`; in its own layout, or another."
     cfg = preset('cifar10', batch_size=s.batch, model_args=s.net, precision=precision,
                  compile=compiled, cuda_graph=recorded)
     state = TrainState(cfg, s.data, s.device)
     wake(state.model)
-    for net in (state.model, state.ema.model): net.to(memory_format=LAYOUTS[layout])
+    for net in (state.model, state.ema.model):
+        if layout: net.to(memory_format=LAYOUTS[layout])
     return state
 
 def ours_training(s, **kw):

@@ -237,7 +237,7 @@ def share_rows(s, say):
 MEMORY = {
     (OURS, 'float32, channels last'): {},
     (OURS, 'float32, channels first'): dict(layout='channels first'),
-    (OURS, 'bfloat16, channels last'): dict(precision='bfloat16'),
+    (OURS, 'bfloat16'): dict(precision='bfloat16'),
     (DIFFUSERS, 'float32'): {},
     (LUCIDRAINS, 'float32, a smaller, different network'): {}}
 

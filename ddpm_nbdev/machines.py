@@ -122,10 +122,14 @@ def my_share(
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 
 def fast_layout(
-    model:nn.Module, # changed in place
-)->nn.Module:        # the same
-    "Store the weights of convolutions with channels last, which the fast kernels like."
-    return model.to(memory_format=torch.channels_last)
+    model:nn.Module,         # changed in place
+    training:str='float32',  # precision that it is to be trained in
+)->nn.Module:                # the same
+    """Store the weights of convolutions with channels last, which the fast kernels like
+    (but first for training in bfloat16 on a CPU, where the group norm does not)."""
+    on_cpu = all(p.device.type == 'cpu' for p in model.parameters())
+    first = training == 'bfloat16' and on_cpu
+    return model.to(memory_format=torch.contiguous_format if first else torch.channels_last)
 
 class Autocast(nn.Module):
     """The same network computed in a lower precision; it takes and returns float32.

@@ -389,7 +389,7 @@ class TrainState:
         self.data = [len(data.train), fingerprint]              # to notice other images
         torch.manual_seed(subseed(cfg.seed, 0))                 # initialization
         self.ddpm = build_ddpm(cfg, data).to(device)
-        self.model = fast_layout(self.ddpm.model).train()
+        self.model = fast_layout(self.ddpm.model, cfg.precision).train()
         net = _network_for_training(self.model, cfg)            # with the same weights
         self.training = replace(self.ddpm, model=net)
         self.ema = EMA(self.model, cfg.ema_decay, cfg.ema_warmup)

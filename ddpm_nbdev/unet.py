@@ -84,6 +84,13 @@ class ResBlock(nn.Module):
         return self.shortcut(x) + h
 
 # %% ../nbs/11_unet.ipynb #899c9cbe
+def _attend(q, k, v):
+    "softmax(q k^T / sqrt(c)) v"
+    pixels, c = q.shape[-2:]
+    if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and pixels <= 1024:
+        return (q @ k.mT * c**-.5).softmax(-1) @ v   # PyTorch's kernel is slow there
+    return F.scaled_dot_product_attention(q, k, v)
+
 class Attention(nn.Module):
     "Every pixel looks at all others, one head of softmax attention (Appendix B)."
     def __init__(self,
@@ -103,7 +110,7 @@ class Attention(nn.Module):
         q, k, v = (rearrange(f(n), 'b c h w -> b 1 (h w) c')
                    for f in (self.q, self.k, self.v))
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous() # for the fast kernels
-        out = F.scaled_dot_product_attention(q, k, v)   # softmax(q k^T / sqrt(c)) v
+        out = _attend(q, k, v)
         out = rearrange(out, 'b 1 (h w) c -> b c h w', h=x.shape[2])
         return x + self.proj_out(out)
 
