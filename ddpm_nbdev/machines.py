@@ -129,7 +129,8 @@ def fast_layout(
     (but first for training in bfloat16 on a CPU, where the group norm does not)."""
     on_cpu = all(p.device.type == 'cpu' for p in model.parameters())
     first = training == 'bfloat16' and on_cpu
-    return model.to(memory_format=torch.contiguous_format if first else torch.channels_last)
+    layout = torch.contiguous_format if first else torch.channels_last
+    return model.to(memory_format=layout)
 
 class Autocast(nn.Module):
     """The same network computed in a lower precision; it takes and returns float32.

@@ -73,24 +73,30 @@ def test_same_operations_as_diffusers(result):
     assert gflop["ddpm_nbdev"] == pytest.approx(gflop["diffusers"], rel=1e-3)
 
 
-def test_the_page_and_the_readme_show_the_same_measurements():
-    "Every row of numbers on the CIFAR-10 page stands in benchmarks/README.md, too, and belongs to the run in results/."
-    page = "\n".join("".join(c["source"]) for c in json.loads((ROOT/"nbs/21_cifar10.ipynb").read_text())["cells"] if c["cell_type"] == "markdown")
-    rows = [line for line in page.splitlines() if line.startswith(("| ddpm_nbdev", "| diffusers", "| ddpm_train", "| ceiling", "| denoising"))]
-    readme = (ROOT/"benchmarks/README.md").read_text().splitlines()
-    assert len(rows) > 15 and not set(rows) - set(readme)
-    saved = json.loads((ROOT/"benchmarks/results/cpu_avx2.json").read_text())["rows"]
-    measured = {(r["what"], r["precision"], f"{1000*r['seconds']:.1f}") for r in saved if r["group"] in ("training", "sampling") and "seconds" in r}
-    columns = [[c.strip() for c in row.strip("|").split("|")] for row in rows]
-    assert {(c[0], c[1], c[3]) for c in columns if len(c) == 10 and c[3]} == measured
-
-
-def test_the_readme_is_what_the_saved_rows_print(part, capsys):
+@pytest.mark.parametrize("n, run", [(0, "avx2"), (1, "bf16")])
+def test_the_readme_is_what_the_saved_rows_print(part, capsys, n, run):
     "The tables of benchmarks/README.md, line by line, from the numbers of that run."
-    rows = json.loads((ROOT/"benchmarks/results/cpu_avx2.json").read_text())["rows"]
+    saved = json.loads((ROOT/f"benchmarks/results/cpu_{run}.json").read_text())
+    rows = saved["rows"]
     for group in ROWS: part("table").print_table(group, [r for r in rows if r["group"] == group], markdown=True)
     printed = [line for line in capsys.readouterr().out.splitlines() if line]
-    assert printed == [line for line in (ROOT/"benchmarks/README.md").read_text().split("## Result")[1].split("\n## ")[0].splitlines() if line.startswith("|")]
+    text = (ROOT/"benchmarks/README.md").read_text().split("## Result")[1].split("\n## ")[0].split("\n### ")[n+1]
+    assert printed == [line for line in text.splitlines() if line.startswith("|")] and len(printed) > 30
+    versions = "".join(f", {k} {v}" for k, v in saved["machine"].get("rivals", {}).items())
+    assert f"{saved['machine']['cpu_capability']}, 2 cores), 2 threads, torch {saved['machine']['torch']}{versions}, load" in text
+    assert f"batch {saved['batch']}, medians of {saved['repeats']} interleaved rounds" in text
+
+
+def test_kernels(part, capsys, monkeypatch):
+    "kernels.py times the same value and gradient in each way, and prints a line for each size and precision."
+    kernels = part("kernels")
+    monkeypatch.setattr(kernels, "SIZES", {kernels.attention: [(4, 8)], kernels.norm: [(32, 2)], kernels.convolution: [(4, 4)]})
+    monkeypatch.setattr(sys, "argv", ["kernels.py", "--batch", "2", "--rounds", "1"])
+    kernels.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 7 and all(re.search(r"\d\.\d\d .*\d\.\d\d", line) for line in lines[1:])
+    qkv = [torch.randn(2, 1, 4, 8) for _ in range(3)]
+    assert torch.allclose(kernels.products(*qkv), torch.nn.functional.scaled_dot_product_attention(*qkv), atol=1e-6)
 
 
 def test_rounds_are_interleaved(part):
