@@ -115,3 +115,38 @@ def test_check_sync(project):
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in TOOLS.glob("*.py") if "__main__" in p.read_text(encoding="utf-8")))   # the others are parts
 def test_help(name): assert "usage:" in tool(name, "--help").stdout
+
+
+def test_ship(tmp_path):
+    "A model as those that ship: the weights rounded once, errors and tables measured with the rounded ones."
+    import torch
+
+    from ddpm_nbdev.calibration import Calibrated
+    from ddpm_nbdev.data import epoch_order, load_dataset
+    from ddpm_nbdev.ddpm import DDPM
+    from ddpm_nbdev.decoder import to_model_range
+    from ddpm_nbdev.noise import indexed_noise
+    run, out = tmp_path/"run", tmp_path/"small"
+    ours = DDPM.from_pretrained("digits")
+    ours.save(run)
+    (run/"log.jsonl").write_text('{"step": 1}\n')
+    small = "--dataset", "digits", "--images", 3, "--pixels", 400, "--first", 2
+    said = tool("ship", run, out, *small)
+    assert said.returncode == 0 and said.stdout.startswith(f"{out}: 0."), said.stderr
+    assert (out/"log.jsonl").read_text() == '{"step": 1}\n'
+    assert (out/"model.safetensors").stat().st_size < .55*(run/"model.safetensors").stat().st_size
+    found = DDPM.load(out)
+    for (k, v), w in zip(ours.model.state_dict().items(), found.model.state_dict().values(), strict=True):
+        assert w.dtype == torch.float32 and torch.equal(w, v.half().float()), k
+    assert Calibrated.load(out).calibration.steps.tolist()[0] == 2
+    train, t = load_dataset("digits").train, 1000
+    some = epoch_order(len(train), 0, 0)[:3]               # the error at T, by hand
+    x, tt = to_model_range(train[some], 17), torch.full((3,), t)
+    eps, signal = indexed_noise(0, some, tt, x), found.sched.alpha_bar[t].sqrt().item()
+    with torch.no_grad(): guess = found.model(signal*x + (1-signal**2)**.5*eps, tt)
+    by_hand = ((x + (1-signal**2)**.5/signal*(eps-guess)).clamp(-1, 1) - x).square().mean().item()
+    assert found.mse[t].item() == pytest.approx(by_hand, rel=1e-3)
+    for folder, why in ((out, "not empty"), (run/"config.json", "not empty"), (tmp_path/"other", None)):
+        again = tool("ship", tmp_path/"no run" if why is None else run, folder, *small)
+        assert again.returncode == 1 and (why or "no run") in again.stderr and again.stderr.count("\n") == 1
+    assert not (tmp_path/"other").exists()
