@@ -28,14 +28,14 @@ from .commands import (_check_options, _choose_device, _printer, _run_by_name,
                                  command)
 from .data import Dataset, epoch_order
 from .ddpm import DDPM, draw_samples
-from .files import _check_no_file, read_json, write_json
+from .files import _check_no_file, read_json, read_metrics, write_json
 from .likelihood import even_steps, evaluate_bits_per_dim, rate_distortion, stride
-from .machines import (PRECISIONS, LowPrecision, join_processes, my_share, rank,
-                                 sum_over_processes)
+from .machines import (PRECISIONS, LowPrecision, _note_of_bfloat16,
+                                 join_processes, my_share, rank, sum_over_processes)
 from .measures import (_check_quality, _find, _foretell, _rmse, _steps_per_image,
                                  _summary, _with_quality, quality_of)
 from .models import (_add_metrics, _chain_name, _data_of, _free_name,
-                               _metrics_file, _raw_model, find_model)
+                               _metrics_file, _raw_model, _say_unfinished, find_model)
 from .plot import _save_curve
 from .quality import report
 from .run import Interrupted, _resume_command, _save_samples, only_writer, train
@@ -290,8 +290,13 @@ def ddpm_sample(
     join_processes()
     find, say = _raw_model if raw else find_model, _printer(quiet)
     ddpm = find(what, _choose_device(device))
+    _say_unfinished(what, say)
+    _note_of_bfloat16(precision, ddpm.device, say)
     if precision != 'float32':
         ddpm = replace(ddpm, model=LowPrecision(ddpm.model, PRECISIONS[precision]))
+    if len(ddpm.shape) != 3 or ddpm.shape[0] not in (1, 3):
+        raise ValueError(f"{what} draws no gray or color images, but tensors of shape "
+                         f"{ddpm.shape}: draw_samples gives them in Python")
     ddpm, kept = _chain_of_sampling(ddpm, steps_used, variance)
     K, n = ddpm.sched.T, _how_many(ddpm, n, '--n', say)
     plan, start = _fit(asked, n, ddpm.shape, K), time.perf_counter()
@@ -393,6 +398,8 @@ def ddpm_evaluate(
     join_processes()
     start, where, say = time.perf_counter(), _choose_device(device), _printer(quiet)
     ddpm = find_model(what, 'cpu' if where == 'mps' else where)
+    _say_unfinished(what, say)
+    _note_of_bfloat16(precision, ddpm.device, say)
     data = _data_of(what, dataset, ddpm, data_dir)
     path, weights = _metrics_file(what, out), _weights_now(what)
     low = None if precision == 'float32' else PRECISIONS[precision]
@@ -413,6 +420,8 @@ def ddpm_evaluate(
     if not out and _weights_now(what) != weights:
         path = _free_name(what, 'metrics', '.json')
         say(f"note: the run in {what} went on meanwhile; its metrics.json stays")
+    if (read_metrics(path) or {}).get('evaluation'):
+        say("note: the evaluation that was there is replaced")
     _add_metrics(path, evaluation=evaluation)
     if found.n:
         done = _keep_mse(what, found.best.mse, weights)

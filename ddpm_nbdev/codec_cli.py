@@ -31,29 +31,38 @@ from torch import Tensor
 from .ans import CodecError
 from .calibration import Calibrated
 from .commands import _check_options, _printer, _run_by_name, command
-from .container import describe, unpack
+from .container import _read_packed, describe, unpack
 from .data import DATASETS
 from .ddpm import DDPM
 from .decoder import to_uint8
 from .files import WeightsError
 from .formats import _Progress
-from .models import (_calibrated, _check_writable, _data_of, _free_name, _load,
-                               _ours, _shipped_models, _tables_of, _trained_on)
+from .models import (_calibrated, _check_writable, _data_of, _free_name, _home,
+                               _load, _ours, _say_unfinished, _shipped_models, _tables_of,
+                               _trained_on)
 from .progressive import compress, decompress, fingerprints, receive, send
 from .run import _can_show_progress, _save_samples
+from .saved import _shipped
 from .sheets import _free_output, _grays, _keep, _numbered_folder, _to_pixels
 from .train import ConfigError
 from .watch import _Lines
 
 # %% ../nbs/20a_codec_cli.ipynb #154925e3
+def _is_deep(im):
+    "Has the file more than 8 bits a channel, of which Pillow's RGB keeps 8?"
+    return any(';16' in str(tile) or tile[0].startswith('ppm') and tile[3][-1] > 255
+               for tile in im.tile)
+
 def _open_exactly(path, shape):
     "The gray values of an image file, `(c, h, w)`, if it has that shape."
     c, h, w = shape
     with Image.open(path) as im:
         if getattr(im, 'n_frames', 1) > 1:
             raise ValueError(f"{path} holds several images")
-        if im.mode not in ('1', 'L', 'P', 'RGB') or 'transparency' in im.info:
-            raise ValueError(f"{path}: an image of mode {im.mode}, which is neither "
+        if 'transparency' in im.info: raise ValueError(f"{path} has transparency")
+        if im.mode not in ('1', 'L', 'P', 'RGB') or _is_deep(im):
+            mode = im.mode + ' with 16 bits'*_is_deep(im)
+            raise ValueError(f"{path}: an image of mode {mode}, which is neither "
                              "8-bit gray nor 8-bit color without transparency")
         mode = 'L' if im.mode in ('1', 'L') else 'RGB'
         if im.size == (w, h) and (c, mode) != (3, 'L'):
@@ -92,6 +101,9 @@ def _data_name(what):
         if Path(w).is_dir():
             raise ValueError(f"{w} is a folder; for the pictures in it: folder:{w}")
         if not Path(w).exists():
+            if w in _shipped_models():
+                raise ValueError(f"{w} is a model: name images, or the data set "
+                                 f"{_trained_on(w)}, and --model {w}")
             raise ValueError(f"{w}: no such file, and no data set of that name; known: "
                              f"{', '.join(DATASETS)}")
 
@@ -142,16 +154,17 @@ def _compared(images, levels, size):
     return [f"{'':28}{'bytes':>12}{'bits/dim':>10}",
             *(f"{name:28}{n:12,}{8*n/images.numel():10.3f}" for name, n in others if n)]
 
-def _megabytes(ddpm):
-    "What a model and its tables weigh, in the 4 bytes a number that files use."
+def _megabytes(model, ddpm):
+    "What a model and its tables weigh: their files, or 4 bytes a number."
+    files = [_home(model)/f'{k}.safetensors' for k in ('model', 'calibration')]
+    if all(f.is_file() for f in files): return 1e-6*sum(f.stat().st_size for f in files)
     tables = [getattr(ddpm.calibration, f.name) for f in fields(ddpm.calibration)]
     return 4e-6*sum(v.numel() for v in [*ddpm.model.state_dict().values(), *tables])
 
 def _info(paths, say):
     "What compressed files say of themselves."
     for path in paths:
-        data = Path(path).read_bytes()
-        try: header, _, missing = unpack(data)
+        try: header, _, missing = unpack(data := _read_packed(path))
         except CodecError as e: raise CodecError(f"{path}: {e}") from e
         say(f"{path}\n{describe(header, len(data), missing)}")
 
@@ -181,7 +194,7 @@ def ddpm_compress(
     progressive:bool=False, # a file whose beginning is a preview of all images
     steps:int=None,         # of the chain (default 20; progressive: 64 or fewer)
     images:int=None,        # only the first so many
-    lanes:int=None,         # images at a time: faster, and some bytes more (default 1)
+    lanes:int=None,         # images at a time; each lane pays for a start (default 1)
     seed:int=0,             # of the bits that both sides share (default 0)
     split:str='test',       # of a data set: test (default) or train
     dataset:str=None,       # measure tables on it (default: what a run was trained on)
@@ -191,16 +204,20 @@ def ddpm_compress(
     quiet:bool=False,       # print nothing but errors
 )->Path:                    # the file
     """Compress images without loss by a trained model: a data set's, or files of just
-    the model's size. Whoever decompresses them needs the same model. A run's folder
-    gets tables that say how wrong its guesses are, measured when it is first used.
-    Always on the CPU."""
-    say, what = _printer(quiet), [what] if isinstance(what, str) else list(what)
+    the model's size. Whoever decompresses them needs the same model with the same
+    tables: a run's folder gets calibration.safetensors, which says how wrong its
+    guesses are, when it is first used. Always on the CPU."""
+    say, what = _printer(quiet), [what] if isinstance(what, (str, Path)) else what
+    what = list(map(str, what))
     if info: return _info(what, print)
     _check_options(seed, 'float32', steps=steps, images=images, lanes=lanes)
     if split not in ('test', 'train'):
         raise ConfigError(f"split must be test or train, got {split}")
     if progressive and lanes: raise ConfigError("lanes are for files of the other kind")
     if not what: raise ConfigError("there is no image to compress")
+    if out and any(os.path.exists(w) and os.path.samefile(w, out) for w in what
+                   if os.path.exists(out)):
+        raise ConfigError(f"{out} is one of the images: choose another --out")
     data = _data_name(what)
     model, start = _model_name(model, data), time.perf_counter()
     name = Path(what[0]).stem if len(what) == 1 else 'images'
@@ -208,10 +225,15 @@ def ddpm_compress(
     out, chosen = Path(out) if out else _free_name(name, '', '.ddpm'), bool(out)
     _free_output(out, overwrite)
     plain = _load(model, 'cpu')
+    _say_unfinished(model, say, "; if it goes on, the file can no longer be opened: "
+                    "keep a copy of its folder")
     x = _chosen_images(what, data, plain, model, split, data_dir)[:images]
+    if steps == 1: raise ConfigError("steps must be at least 2")
     bar = partial(progress_bar, leave=False) if _can_show_progress() else \
           _Lines(say, "measuring the network's errors", 'steps')
     ddpm = _calibrated(model, plain, dataset, data_dir, say, None if quiet else bar)
+    if steps and steps > (known := len(ddpm.calibration.steps)):
+        say(f"note: {known} steps, all that were measured for {model}")
     shape = 'x'.join(map(str, ddpm.shape))
     if data and data.partition(':')[0] in ('folder', 'lsun'):
         say(f"note: images of {data} are cut and scaled to {shape}, as for training; "
@@ -221,8 +243,8 @@ def ddpm_compress(
     say(f"{len(x)} image{'s'*(len(x) != 1)} of {shape}, {ddpm.levels} levels, in "
         f"{time.perf_counter()-start:.1f} s; wrote {out}")
     if not quiet: say('\n'.join(_compared(x, ddpm.levels, len(file))))
-    say(f"(not counted: the weights and tables of {model}, {_megabytes(ddpm):.1f} MB, "
-        "which both sides need)")
+    say(f"(not counted: the weights and tables of {model}, "
+        f"{_megabytes(model, ddpm):.1f} MB, which both sides need)")
     return out
 
 # %% ../nbs/20a_codec_cli.ipynb #47bbe082
@@ -230,11 +252,14 @@ def _model_of(header, model):
     "The model that a file was made with."
     if model:
         if found := _tables_of(model, _load(model, 'cpu')): return found
-        raise CodecError(f"{model} has no tables of its present weights, so it made no "
-                         "file")
+        raise CodecError(f"{model} has no tables of its present weights: it has made "
+                         "no file, or was trained on since then")
     for name in _shipped_models():
-        ddpm = _load(name, 'cpu')
-        if fingerprints(ddpm)[0] == header.model: return _tables_of(name, ddpm)
+        home = str(_shipped(name))           # whatever has that name where we are
+        try: ddpm = _load(home, 'cpu')
+        except WeightsError: continue        # that of another model, perhaps
+        if fingerprints(ddpm)[0] == header.model:
+            return _calibrated(home, ddpm, None, None, print)
     raise CodecError(f"made with a model whose weights have hash {header.model.hex()}, "
                      f"and it is none that ships ({', '.join(_shipped_models())}): say "
                      "with --model where it is")
@@ -253,6 +278,7 @@ def _decode(data, model, quiet):
             return decompress(ddpm, data, lambda done, _: show(done)), header, missing
         line.total, line.unit = max(1, len(body)), 'bytes'
         preview, images = receive(ddpm, data, lambda at, _: show(at))
+        if images is not None: show(len(body))           # the last step is not told
     finally: line.close()
     if images is None: images = to_uint8(preview, header.levels)
     return images, header, missing
@@ -287,7 +313,8 @@ def ddpm_decompress(
         raise ConfigError(f"bytes must be at least 1, got {bytes}")
     start, say = time.perf_counter(), _printer(quiet)
     out, chosen = Path(out or Path(file).stem), bool(out)
-    with open(file, 'rb') as f: data = f.read(-1 if bytes is None else bytes)
+    try: data = _read_packed(file, bytes)
+    except CodecError as e: raise CodecError(f"{file}: {e}") from e
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: choose a folder with --out")
     if not overwrite and out.is_dir() and any(out.iterdir()):
@@ -299,12 +326,14 @@ def ddpm_decompress(
     if missing:
         whole = len(data) + missing
         say(f"note: {len(data):,} of {whole:,} bytes are there "
-            f"({100*len(data)/whole:.0f}%): these are previews, not the images")
+            f"({100*len(data)//whole}%): these are previews, not the images")
     n = len(images)
     say(f"{n} {'preview' if missing else 'image'}{'s'*(n != 1)} from {len(data):,} "
         f"bytes, {8*len(data)/images.numel():.3f} bits/dim, in "
         f"{time.perf_counter()-start:.1f} s")
     say(f"wrote {n} PNG file{'s'*(n != 1)} and sheet.png into {out}")
+    if others := sum(1 for _ in out.iterdir()) - n - 1:
+        say(f"note: {others} more that {'was' if others == 1 else 'were'} there before")
     return out
 
 # %% ../nbs/20a_codec_cli.ipynb #e1bfb1e2

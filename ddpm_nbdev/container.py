@@ -8,14 +8,17 @@ __all__ = ['Header', 'pack', 'unpack', 'fingerprint', 'check_fits', 'describe']
 # %% ../nbs/15b_container.ipynb #f91837d5
 import hashlib
 import math
+import os
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .ans import CodecError
+from .machines import _free_memory
 
 # %% ../nbs/15b_container.ipynb #6fc38775
 @dataclass(frozen=True)
@@ -168,6 +171,8 @@ def _read_head(data):
         raise CodecError("damaged header: no writer puts its numbers in this way")
     return h, length, crc, r.at
 
+def _too_long(n): return f"damaged: {_bytes(n)} more than its header says"
+
 def unpack(
     data:bytes,  # a file, or the beginning of a progressive one
 )->tuple[Header,bytes,int]: # header; the body, as far as it is there; bytes missing
@@ -180,7 +185,7 @@ def unpack(
     h, length, crc, start = _read_head(data)
     there = len(data) - start
     if there > length:
-        raise CodecError(f"damaged: {_bytes(there - length)} more than its header says")
+        raise CodecError(_too_long(there - length))
     if there < length and h.kind == 'lossless':
         raise CodecError(f"cut off: {there:,} of {_bytes(length)} of the body are "
                          "there, and a lossless file needs all")
@@ -188,6 +193,28 @@ def unpack(
     if there == length and zlib.crc32(body) != crc:
         raise CodecError("damaged body: its checksum (CRC-32) is another")
     return h, body, length - there
+
+_LONGEST_HEAD = 2**18    # 2**16 steps in 3 bytes each, and less than 100 bytes more
+
+def _read_packed(
+    path:str|Path,       # a file that `pack` made
+    most:int|None=None,  # only so many bytes of it
+)->bytes:                # what `unpack` takes
+    """A file's bytes, no more of them than its header says. CodecError for one that is
+    no regular file, longer than its header says, or larger than the free memory."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise CodecError("not a regular file")
+    with open(path, 'rb') as file:
+        data = file.read(_LONGEST_HEAD if most is None else min(most, _LONGEST_HEAD))
+        if not data.startswith(_MAGIC) or len(data) < _LONGEST_HEAD: return data
+        _, length, _, start = _read_head(data)
+        size, whole = os.fstat(file.fileno()).st_size, start + length
+        if size > whole: raise CodecError(_too_long(size - whole))
+        rest = (whole if most is None else min(whole, most)) - len(data)
+        if 2*rest > (free := _free_memory() or 2**62):     # as read, and its body
+            raise CodecError(f"{rest/1e9:.1f} GB, and {free/1e9:.1f} GB of memory are "
+                             "free")
+        return data + file.read(max(0, rest))
 
 # %% ../nbs/15b_container.ipynb #3aa1b9af
 def fingerprint(
@@ -221,9 +248,8 @@ def check_fits(
 ):
     "CodecError if the file was made with something else: it would decode to noise."
     if header.model != model:
-        raise CodecError("made with another model (its weights have hash "
-                         f"{header.model.hex()}, these {model.hex()}): say which "
-                         "with --model")
+        raise CodecError("made with another model: its weights have hash "
+                         f"{header.model.hex()}, these {model.hex()}")
     if header.shape != tuple(shape):
         raise CodecError(f"holds images of shape {_times(header.shape)}, "
                          f"and the model makes {_times(shape)}")
@@ -232,8 +258,8 @@ def check_fits(
                          f"and the model makes {levels}")
     if header.tables != tables:
         raise CodecError(f"made with other tables (hash {header.tables.hex()}, here "
-                         f"{tables.hex()}): another version of the calibration, or a "
-                         "processor that rounds otherwise")
+                         f"{tables.hex()}): calibration.safetensors must be that of "
+                         "the sender, not measured anew")
 
 # %% ../nbs/15b_container.ipynb #6e8bbba0
 def describe(

@@ -6,6 +6,7 @@
 __all__ = ['Recorded', 'Replayed', 'Traced', 'traced']
 
 # %% ../nbs/09c_graphs.ipynb #e4d59c8b
+import copy
 import threading
 import warnings
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def _record_on_cpu(
     with _one_at_a_time, warnings.catch_warnings(), _fusion():
         warnings.simplefilter('ignore')        # about shapes, which shall be fixed
         try:
-            recorded = torch.jit.trace(model, inputs, check_trace=False)
+            recorded = torch.jit.trace(copy.deepcopy(model), inputs, check_trace=False)
             recorded = torch.jit.freeze(recorded)
             for _ in range(3): recorded(*inputs)          # is fused by the second
         except Exception: return model  # PYTORCH_JIT=0, a type that oneDNN has not, ...

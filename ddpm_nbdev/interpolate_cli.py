@@ -31,7 +31,7 @@ from .decoder import to_model_range, to_uint8
 from .graphs import traced
 from .interpolate import _MIXES, _NOISES, interpolate
 from .likelihood import stride
-from .models import _free_name, find_model
+from .models import _free_name, _say_unfinished, find_model
 from .plot import _grid_png
 from .run import _can_show_progress
 from .sheets import _MOST_PIXELS, _free_output, _keep
@@ -178,7 +178,7 @@ def ddpm_interpolate(
     what = [what] if isinstance(what, str) else list(map(str, what))
     t = [t] if isinstance(t, int) else t
     _check_steps(t)
-    _check_options(seed, 'float32', steps_used=steps_used, scale=scale)
+    _check_options(seed, 'float32', n=n, steps_used=steps_used, scale=scale)
     if n < 2: raise ConfigError(f"n must be at least 2, for both ends, got {n}")
     _check_choices(noise=noise, mix=mix, variance=variance, split=split)
     (data, two), say = _ends(what), _printer(quiet)
@@ -187,6 +187,7 @@ def ddpm_interpolate(
     out, chosen = Path(out) if out else _free_name(name, 'interpolation'), bool(out)
     _check_output(out, overwrite)
     ddpm = find_model(model, _choose_device(device))
+    _say_unfinished(model, say)
     t = _steps_asked(t, ddpm.sched.T)
     ends = _two_images(data, two, ddpm, model, split, data_dir)
     ddpm, kept = _chain_of(ddpm, t, steps_used, variance)

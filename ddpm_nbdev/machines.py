@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../nbs/09a_machines.ipynb #8659ef8f
@@ -131,6 +132,29 @@ def fast_layout(
     first = training == 'bfloat16' and on_cpu
     layout = torch.contiguous_format if first else torch.channels_last
     return model.to(memory_format=layout)
+
+def _imitates_bfloat16():
+    "Does bfloat16 take the CPU a multiple of float32's time? Measured in some ms."
+    x, w = torch.ones(8, 64, 16, 16), torch.ones(64, 64, 3, 3)
+    def seconds(dtype):
+        args, start = (x.to(dtype), w.to(dtype)), time.perf_counter()
+        F.conv2d(*args)
+        return time.perf_counter() - start
+    with torch.no_grad():
+        low, full = (min(seconds(v) for _ in range(4))
+                     for v in (torch.bfloat16, torch.float32))
+    return low > 2.5*full
+
+def _note_of_bfloat16(
+    precision:str, # as in PRECISIONS
+    device,        # where the network is
+    say:Callable,  # prints
+):
+    "Say it if bfloat16 was asked for where it is slow."
+    slow = precision == 'bfloat16' and torch.device(device).type == 'cpu'
+    if slow and _imitates_bfloat16():
+        say("note: this processor has no arithmetic in bfloat16 and imitates it, many "
+            "times slower than float32; --precision float32 is what suits it")
 
 class Autocast(nn.Module):
     """The same network computed in a lower precision; it takes and returns float32.

@@ -19,7 +19,7 @@ from .files import WeightsError, read_header, read_metrics, write_json
 from .machines import fast_layout
 from .pretrained import _is_diffusers, load_diffusers
 from .progressive import fingerprints
-from .saved import _shipped, checkpoint_header
+from .saved import _shipped, checkpoint_header, current_weights
 from .train import PRESETS, load_checkpoint
 
 # %% ../nbs/19b_models.ipynb #61890c87
@@ -32,7 +32,7 @@ def _home(
     what:str,   # a run, a checkpoint, a diffusers folder or hub name, a shipped model
 )->Path|None:   # a folder or a checkpoint; None: somewhere on the hub
     "Where a model is. WeightsError if nowhere."
-    folder = Path(what)
+    folder, what = Path(what), str(what)
     if _ours(folder) or _is_diffusers(folder): return folder
     if what.count('/') == 1 and not folder.parent.is_dir(): return None   # owner/name
     if folder.is_dir() and len(folder.parts) != 1:
@@ -55,6 +55,19 @@ def _load(what, device):
     home = _home(what)
     if home and _ours(home): return DDPM.load(home, device)
     return load_diffusers(what, device)
+
+def _say_unfinished(
+    what:str,     # as for `find_model`
+    say:Callable, # prints
+    but:str='',   # what follows from it
+):
+    "Say it if a run has not made all its updates yet."
+    home = _own_folder(what)
+    if home is None or not (home/'checkpoint.safetensors').exists(): return
+    if current_weights(home).name != 'checkpoint.safetensors': return
+    run = checkpoint_header(home/'checkpoint.safetensors')
+    done, steps = run['step'], run['config']['steps']
+    if done < steps: say(f"note: {what} has made {done:,} of {steps:,} updates{but}")
 
 def find_model(
     what:str,   # a run, a checkpoint, a diffusers folder or hub name, a shipped model
@@ -143,13 +156,17 @@ def _calibrated(
 )->Calibrated:
     "A model with its tables; where there are none, they are measured, then kept."
     if found := _tables_of(what, ddpm): return found
+    home = _home(what)
+    if home.parent == Path(str(files('ddpm_nbdev')))/'weights':
+        raise WeightsError(f"{home}: its tables (calibration.safetensors) are missing, "
+                           "or not of these weights: install the package again")
     data = _data_of(what, dataset, ddpm, data_dir)
     say(f"note: {what} has no tables yet of how wrong its guesses are; measuring them "
         f"on images of {data.name}, once")
     found = calibrate(ddpm, data.train, progress=progress)
-    mine = fingerprints(ddpm)[0].hex()
-    save_calibration(found.calibration, _home(what), weights=mine)
-    return found
+    if first := _tables_of(what, ddpm): return first     # of another process, meanwhile
+    save_calibration(found.calibration, home, weights=fingerprints(ddpm)[0].hex())
+    return _tables_of(what, ddpm) or found
 
 # %% ../nbs/19b_models.ipynb #fa7b88f6
 def _free_name(

@@ -364,8 +364,8 @@ def receive(
     if n*places > _MOST_PLACES or rounds > len(body)+missing:
         raise CodecError("damaged header: its numbers do not fit each other")
     if n > max(256, len(body)):
-        raise CodecError(f"cut off: of {n:,} images only {len(body):,} bytes are "
-                         "there, too few to begin with")
+        raise CodecError(f"cut off: {len(body):,} bytes after its header are there, "
+                         f"and previews of {n:,} images need {n:,} to begin with")
     exact, few = _Exact(ddpm, header.steps), _few(n, places)
     x = [_first_noise(i, header.seed, header.shape) for i in few]
     for k in range(exact.K, 0, -1):

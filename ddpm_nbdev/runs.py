@@ -20,7 +20,7 @@ from .commands import _choose_device
 from .data import Dataset, _absolute
 from .ddpm import DDPM
 from .files import WeightsError, _check_file, read_json, read_metrics
-from .machines import _processes, size
+from .machines import _note_of_bfloat16, _processes, size
 from .models import find_model
 from .restart import _restarted, _settings_of_run
 from .run import _check_folder, _data_for
@@ -191,6 +191,7 @@ def _announce(plan, dataset, out, say):
         f"{c}x{h}x{w}, {data.levels} levels; "
         f"{cfg.steps} steps on {plan.device}{others}, in {out}")
     if data.about: say(f"images: {data.about}")
+    _note_of_bfloat16(cfg.precision, plan.device, say)
     if plan.finished:
         say("note: this run is finished; to train longer, give more --steps. "
             "Sampling and measuring again")

@@ -3,6 +3,7 @@ import importlib
 import json
 import os
 import pickle
+import platform
 import re
 import shlex
 import shutil
@@ -30,9 +31,12 @@ from ddpm_nbdev.ddpm import DDPM, draw_samples
 from ddpm_nbdev.decoder import to_model_range
 from ddpm_nbdev.features import digit_classifier
 from ddpm_nbdev.files import read_log
+from ddpm_nbdev.interpolate_cli import ddpm_interpolate
 from ddpm_nbdev.likelihood import measure_mse
 from ddpm_nbdev.restart import _restarted
 from ddpm_nbdev.saved import read_checkpoint
+from ddpm_nbdev.schedule import linear_schedule
+from ddpm_nbdev.toy import MLP
 from ddpm_nbdev.train import TrainConfig, load_checkpoint
 
 torch.set_num_threads(1)
@@ -310,6 +314,33 @@ def test_overwrite(call, run):
 
 def test_short_T_is_pointed_out(call):
     assert "does not end in pure noise" in call(ddpm_train, "digits", *QUICK)[1]
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the switch is of x86 processors")
+def test_imitated_bfloat16_is_pointed_out(here):
+    "A processor without bfloat16 takes a multiple of the time: asked to be one, this one says so."
+    command = [sys.executable, "-m", "ddpm_nbdev.cli", "train", "digits", "--steps", "1", "--T", "4", "--samples", "0", "--device", "cpu"]
+    env = ENV | {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    found = [subprocess.run([*command, "--precision", p, "--out", p], env=env, text=True, capture_output=True) for p in ("bfloat16", "float32")]
+    assert [("imitates it" in r.stdout, r.returncode, r.stderr) for r in found] == [(True, 0, ""), (False, 0, "")]
+
+
+def test_huge_numbers_are_refused(call, here):
+    "However many digits they have."
+    for command, *args in ((ddpm_sample, "digits", "--n", 10**25), (ddpm_sample, "digits", "--n", 10**400, "-o", "x.safetensors"),
+                           (ddpm_sample, "digits", "--steps-used", 10**20), (ddpm_interpolate, "digits", 1, 2, "--n", 10**400)):
+        failed(call(command, *args), 2, "must be at most a billion")
+    assert not contents(here)
+
+
+def test_a_model_of_points_draws_no_picture(call, here):
+    DDPM(MLP(), linear_schedule(4), (2,)).save(here/"points")
+    for out in ("x.png", "x.safetensors"): failed(call(ddpm_sample, "points", "-o", out), 1, "points draws no gray or color images, but tensors of shape (2,)")
+
+
+def test_an_evaluation_that_is_replaced_is_pointed_out(call, here):
+    quick = "digits", "--images", 2, "--curve-images", 1, "--steps", 1, "-o", "found.json"
+    assert "replaced" not in call(ddpm_evaluate, *quick)[1] and "note: the evaluation that was there is replaced" in call(ddpm_evaluate, *quick)[1]
 
 
 def test_an_average_that_is_still_noise_is_pointed_out(call, here):

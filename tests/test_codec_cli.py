@@ -2,6 +2,8 @@
 import os
 import re
 import shutil
+import struct
+import zlib
 from functools import partial
 
 import numpy as np
@@ -11,17 +13,19 @@ from conftest import Python, contents, failed
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from ddpm_nbdev import formats, models
-from ddpm_nbdev.calibration import calibrate
-from ddpm_nbdev.cli import ddpm_train
+from ddpm_nbdev import formats, models, saved
+from ddpm_nbdev.calibration import calibrate, save_calibration
+from ddpm_nbdev.cli import ddpm_evaluate, ddpm_sample, ddpm_train
 from ddpm_nbdev.codec_cli import _grays, _model_name, _sheet, ddpm_compress, ddpm_decompress
 from ddpm_nbdev.commands import _make_parser
-from ddpm_nbdev.container import unpack
+from ddpm_nbdev.container import _head, unpack
 from ddpm_nbdev.data import load_dataset
 from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.formats import _Progress
-from ddpm_nbdev.progressive import compress, send
+from ddpm_nbdev.interpolate_cli import ddpm_interpolate
+from ddpm_nbdev.progressive import compress, fingerprints, send
 from ddpm_nbdev.saved import _shipped
+from ddpm_nbdev.train import TrainState, preset
 
 torch.set_num_threads(1)
 N, SHOW = 24, _Progress.show
@@ -35,6 +39,14 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(_Progress, "show", lambda self: None)
     monkeypatch.setattr(models, "calibrate", partial(calibrate, points=12, pixels=15_000))
     return tmp_path
+
+
+def deep_png(path, h, w):
+    "A PNG of 16 bits a channel, which Pillow cannot write, by hand."
+    def chunk(kind, data): return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind+data))
+    rows = (b"\0" + bytes(range(6*w)))*h
+    with open(path, "wb") as f:
+        f.write(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 16, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 def pictures(folder, levels=17):
@@ -145,7 +157,7 @@ def test_a_part_of_a_progressive_file_is_a_preview(how, call, coded, here):
         (here/"slow.ddpm").write_bytes(data)
         args = ["--bytes", 300]
     status, out, err = call(ddpm_decompress, "slow.ddpm", "-o", "preview", *args)
-    assert (status, err) == (0, "") and f"300 of {len(data)} bytes are there ({30000/len(data):.0f}%): these are previews, not the images" in out
+    assert (status, err) == (0, "") and f"300 of {len(data)} bytes are there ({30000//len(data)}%): these are previews, not the images" in out
     error = (pictures(here/"preview").float()-IMAGES).pow(2).mean().sqrt()
     assert .1 < error < 3                              # of 16; gray for all has 6
     assert call(ddpm_decompress, coded/"slow.ddpm", "-o", "whole", "--bytes", 10**6)[1].startswith("24 images")
@@ -208,6 +220,96 @@ def test_tables_of_a_run(call, here, run):
     failed(call(ddpm_decompress, "a.ddpm", "--model", "runs/digits", "-o", "c"), 1, "made with another model")
 
 
+def test_a_stopped_run_is_called_one(call, here):
+    "Its weights will be others when it goes on, and nobody can open the file then: said before it is written, by every command."
+    state = TrainState(preset("digits", steps=9, T=4), load_dataset("digits"), "cpu")
+    state.step = 3
+    (here/"run").mkdir()
+    state.save(here/"run/checkpoint.safetensors")
+    made = "note: run has made 3 of 9 updates"
+    status, out, err = call(ddpm_compress, "digits", "--model", "run", "--images", 2)
+    assert (status, err) == (0, "") and f"{made}; if it goes on, the file can no longer be opened: keep a copy of its folder\n" in out
+    assert call(ddpm_decompress, "digits.ddpm", "--model", "run", "--quiet") == (0, "", "") and torch.equal(pictures(here/"digits"), IMAGES[:2])
+    for command, *args in ((ddpm_sample, "run", "--n", 1), (ddpm_interpolate, "digits", "1", "2", "--model", "run", "--n", 2, "--t", 2),
+                           (ddpm_evaluate, "run", "--images", 2, "--curve-images", 1)):
+        status, out, err = call(command, *args)
+        assert (status, err) == (0, "") and f"{made}\n" in out, (command, out, err)
+    assert "note" not in call(ddpm_sample, "digits", "--n", 1, "--steps-used", 2)[1]
+
+
+def test_a_folder_of_that_name_does_not_hide_the_model_that_ships(call, here):
+    "A file names its model by a hash; what happens to be called so where we are has another."
+    assert call(ddpm_compress, "digits", "--images", 2, "-o", "a.ddpm", "--quiet") == (0, "", "")
+    for name in ("digits", "cifar10_small"):
+        (here/name).mkdir()
+        (here/name/"model.safetensors").write_bytes(b"junk")
+    assert call(ddpm_decompress, "a.ddpm", "--quiet") == (0, "", "") and torch.equal(pictures(here/"a"), IMAGES[:2])
+
+
+def test_a_second_process_takes_the_tables_of_the_first(call, here, run, monkeypatch):
+    "Both measure, which gives other numbers with another number of threads; who comes second uses what is there, so that both files can be read."
+    measured = models.calibrate
+    def slow(ddpm, x0, **kw):
+        found = measured(ddpm, x0, **kw)
+        if not (run/"calibration.safetensors").exists():      # another process was faster
+            other = measured(ddpm, x0.flip(0), **kw)
+            save_calibration(other.calibration, run, weights=fingerprints(ddpm)[0].hex())
+        return found
+    monkeypatch.setattr(models, "calibrate", slow)
+    assert call(ddpm_compress, "digits", "--model", run, "--images", 2, "--quiet") == (0, "", "")
+    assert call(ddpm_decompress, "digits.ddpm", "--model", run, "--quiet") == (0, "", "") and torch.equal(pictures(here/"digits"), IMAGES[:2])
+
+
+@pytest.mark.parametrize("damage", ["missing", "flipped"])
+def test_a_damaged_package_is_called_one(damage, call, here, monkeypatch):
+    "A shipped model never gets tables of its own making: files would be readable here alone. Files of other models open."
+    home = shutil.copytree(_shipped("digits").parent, here/"package/weights")
+    for module in (models, saved): monkeypatch.setattr(module, "files", lambda name: here/"package")
+    assert call(ddpm_compress, "digits", "--images", 1, "--quiet", "-o", "a.ddpm") == (0, "", "")
+    if damage == "missing": (home/"fashion_mnist/calibration.safetensors").unlink()
+    else:
+        file = home/"fashion_mnist/model.safetensors"
+        file.write_bytes(flipped(file.read_bytes(), -9))
+    save("x.png", np.zeros((28, 28)))
+    failed(call(ddpm_compress, "x.png", "--model", "fashion_mnist"), 1, "fashion_mnist: its tables (calibration.safetensors) are missing, or not of these weights: install the package again")
+    (home/"cifar10_small/model.safetensors").write_bytes(b"")
+    assert call(ddpm_decompress, "a.ddpm", "--quiet") == (0, "", "") and torch.equal(pictures(here/"a"), IMAGES[:1])
+
+
+def test_what_is_said_of_more(call, here):
+    "Steps that nobody measured, pictures of before, and the name of an input as that of the output."
+    status, out, _ = call(ddpm_compress, "digits", "--images", 2, "--steps", 1000, "-o", "a.ddpm")
+    assert status == 0 and "note: 59 steps, all that were measured for digits" in out
+    assert call(ddpm_compress, "digits", "--images", 1, "-o", "b.ddpm", "--quiet")[0] == 0
+    assert "before" not in call(ddpm_decompress, "a.ddpm", "-o", "pile")[1]
+    assert "note: 1 more that was there before" in call(ddpm_decompress, "b.ddpm", "-o", "pile", "--overwrite")[1]
+    before = contents(here)
+    failed(call(ddpm_compress, "pile/000.png", "--model", "digits", "-o", "pile/000.png", "--overwrite"), 2, "pile/000.png is one of the images: choose another --out")
+    assert contents(here) == before
+    assert ddpm_compress(here/"pile/000.png", model=_shipped("digits"), quiet=True).exists()         # paths are names, too
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs a Unix")
+@pytest.mark.parametrize("args", [("--info", "pipe"), ("--info", "/dev/zero")])
+def test_what_has_no_end_is_not_read(args, call, here):
+    os.mkfifo("pipe")
+    failed(call(ddpm_compress, *args), 1, f"{args[1]}: not a regular file")
+    failed(call(ddpm_decompress, args[1], "-o", "there"), 1, f"{args[1]}: not a regular file")
+
+
+def test_no_more_is_read_than_the_header_says(call, here):
+    "A file of a hundred gigabytes, nearly all of it a hole: refused by its length; and one whose header says as much."
+    call(ddpm_compress, "digits", "--images", 1, "-o", "a.ddpm", "--quiet")
+    data = (here/"a.ddpm").read_bytes()
+    for head, said in ((data, "bytes more than its header says"), (b"junk", "not a compressed file"), (_head(unpack(data)[0], 2**35-1, 0), "34.4 GB, and")):
+        with open("big.ddpm", "wb") as f:
+            f.write(head)
+            f.truncate(len(head) + (2**35-1 if "GB" in said else 10**11))
+        failed(call(ddpm_decompress, "big.ddpm", "-o", "there"), 1, "big.ddpm: ", said)
+        failed(call(ddpm_compress, "--info", "big.ddpm"), 1, "big.ddpm: ", said)
+    assert call(ddpm_decompress, "a.ddpm", "--quiet")[0] == 0
+
+
 # ---- what goes wrong
 
 def flipped(data, i): return data[:i] + bytes([data[i] ^ 1]) + data[i+1:]
@@ -242,7 +344,7 @@ def test_cut_lossless_file(call, coded, here):
 
 def test_another_model_or_other_tables(call, coded, here):
     file = coded/"one.ddpm"
-    failed(call(ddpm_decompress, file, "--model", "fashion_mnist"), 1, "one.ddpm: made with another model (its weights have hash 71afbf3a")
+    failed(call(ddpm_decompress, file, "--model", "fashion_mnist"), 1, "one.ddpm: made with another model: its weights have hash 71afbf3a")
     failed(call(ddpm_decompress, file, "--model", "nobody"), 1, "no trained model 'nobody'")
     shutil.copytree(_shipped("digits"), "mine")
     assert call(ddpm_decompress, file, "--model", "mine", "-o", "same", "--quiet") == (0, "", "")          # the same model, elsewhere
@@ -260,6 +362,9 @@ def test_another_model_or_other_tables(call, coded, here):
     (lambda: save("x.png", np.full((8, 8), 100)), "x.png has a pixel of 100; the model knows 17 gray levels: 0, 16, 32, ..., 255"),
     (lambda: save("x.png", np.zeros((8, 8, 4))), "x.png: an image of mode RGBA"),
     (lambda: Image.fromarray(np.zeros((8, 8), np.uint16)).save("x.png"), "x.png: an image of mode I"),
+    (lambda: deep_png("x.png", 8, 8), "x.png: an image of mode RGB with 16 bits, which is neither 8-bit gray nor 8-bit color"),
+    (lambda: open("x.png", "wb").write(b"P6 8 8 65535\n" + bytes(6*64)), "x.png: an image of mode RGB with 16 bits"),
+    (lambda: save("x.png", np.zeros((8, 8)), transparency=0), "x.png has transparency"),
     (lambda: save("x.png", np.zeros((8, 8)), save_all=True, append_images=[Image.fromarray(np.ones((8, 8), np.uint8))]), "x.png holds several images"),
     (lambda: open("x.png", "w").write("no image"), "x.png: not an image that can be read"),
     (lambda: open("x.png", "wb").close(), "x.png: not an image that can be read"),
@@ -286,7 +391,7 @@ def test_cut_images(call, here):
     (["digits", "--seed", -1], 2, "seed must be"), (["digits", "--split", "all"], 2, "split must be test or train, got all"),
     (["digits", "--progressive", "--lanes", 4], 2, "lanes are for files of the other kind"), (["digits", "--device", "cpu"], 2, "unrecognized arguments"),
     (["digits", "--model", "fashion_mnist"], 1, "digits are 8x8"),
-    (["digits", "digits"], 1, "digits is a data set: it cannot be mixed"), (["folder:nowhere", "--model", "digits"], 1, "no such folder: nowhere"),
+    (["digits", "digits"], 1, "digits is a data set: it cannot be mixed"), (["cifar10_small"], 1, "cifar10_small is a model: name images, or the data set cifar10, and --model cifar10_small"), (["folder:nowhere", "--model", "digits"], 1, "no such folder: nowhere"),
     (["folder:nowhere"], 1, "which model?", ), (["lsun:cats"], 1, "with --model; there is none in runs/cats"),
     (["digits", "--model", "nobody"], 1, "no trained model 'nobody'"), (["digits", "-o", "there"], 1, "there exists: choose another --out, or --overwrite it"),
     (["digits", "-o", "folder"], 1, "folder is a folder"), (["digits", "-o", "there/x.ddpm", "--images", 1, "--steps", 2], 1, "there"),

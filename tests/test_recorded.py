@@ -98,3 +98,16 @@ def test_without_torchscript(tmp_path):
             f"print(draw_samples(stride(DDPM.from_pretrained('digits'), even_steps(1000, {STEPS})), 1).shape)")
     run = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True, cwd=tmp_path, env={**os.environ, "PYTORCH_JIT": "0"})
     assert (run.returncode, run.stdout) == (0, "torch.Size([1, 1, 8, 8])\n"), run.stderr
+
+
+@torch.no_grad()
+def test_a_recording_has_the_weights_of_its_time():
+    "Whatever is done to them later: neither in part nor whole do they reach it."
+    model = DDPM.from_pretrained("digits").model.eval()
+    quick, x, t = Traced(model), torch.randn(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.full((3,), 400)
+    before = quick(x, t)
+    for p in model.parameters(): p.mul_(1.5)
+    assert not torch.allclose(model(x, t), before, atol=.1)
+    assert torch.equal(quick(x, t), before)
+    quick.load_state_dict(quick.state_dict() | {k: torch.zeros_like(v) for k, v in quick.state_dict().items()})
+    assert torch.equal(quick(x, t), before) and len(graphs._made) == 1

@@ -15,6 +15,7 @@ from ddpm_nbdev.data import epoch_order
 from ddpm_nbdev.ddpm import DDPM
 from ddpm_nbdev.likelihood import measure_mse
 from ddpm_nbdev.models import _data_of
+from ddpm_nbdev.progressive import fingerprints
 
 
 @command(words={"run": "RUN", "out": "FOLDER"})
@@ -40,7 +41,7 @@ def ship(
     ddpm = replace(ddpm, mse=measure_mse(ddpm, train[some], index=some))
     tables = calibrate(ddpm, train[others], pixels=pixels, first=first).calibration
     replace(ddpm, model=stored).save(out)
-    save_calibration(tables, out)
+    save_calibration(tables, out, weights=fingerprints(ddpm)[0].hex())
     if (log := Path(run)/"log.jsonl").exists(): shutil.copyfile(log, out/log.name)
     size = sum(f.stat().st_size for f in out.iterdir())
     print(f"{out}: {size/1e6:.1f} MB; its README is yours to write")
