@@ -215,8 +215,8 @@ def ddpm_compress(
         raise ConfigError(f"split must be test or train, got {split}")
     if progressive and lanes: raise ConfigError("lanes are for files of the other kind")
     if not what: raise ConfigError("there is no image to compress")
-    if out and any(os.path.exists(w) and os.path.samefile(w, out) for w in what
-                   if os.path.exists(out)):
+    if out and os.path.exists(out) and any(os.path.samefile(w, out) for w in what
+                                           if os.path.exists(w)):
         raise ConfigError(f"{out} is one of the images: choose another --out")
     data = _data_name(what)
     model, start = _model_name(model, data), time.perf_counter()

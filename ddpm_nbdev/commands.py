@@ -118,8 +118,6 @@ def _check_options(
     for name, v in at_least_1.items():
         if v is not None and v < 1:
             raise ConfigError(f"{name.replace('_', '-')} must be at least 1, got {v}")
-        if v is not None and v > 10**9:
-            raise ConfigError(f"{name.replace('_', '-')} must be at most a billion")
     if not 0 <= seed < 2**32:
         raise ConfigError(f"seed must be from 0 to 2**32-1, got {seed}")
     if precision not in PRECISIONS:

@@ -140,7 +140,7 @@ def _check_size(n, rows, side, scale):
     pixels = (n+2)*rows*(side*scale+1)**2
     if pixels > _MOST_PIXELS:
         raise ConfigError(f"{n+2} x {rows} images, each {side*scale} pixels wide, "
-                          f"are too many ({pixels:.1e} pixels, at most "
+                          f"are too many ({pixels:,} pixels, at most "
                           f"{_MOST_PIXELS:.0e}): lower --n or --scale")
 
 @command

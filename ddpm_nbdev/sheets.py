@@ -183,8 +183,9 @@ def _fit(
     count = asked.shown or min(_FRAMES, K+1)*bool(asked.films)
     plan = _Plan(asked, moments=tuple(round(K*i/(count-1)) for i in range(count)))
     largest = lambda m, ncol=asked.ncol, k=1: _largest_scale(m, shape, ncol, k)
-    if asked.tensor: _check_room(asked.out, n, shape)
+    if asked.tensor: _check_room(asked.out, n, math.prod(shape))
     elif asked.each:
+        _check_room(asked.out, n, _SMALLEST_PNG)
         plan = plan._replace(scale=_fit_scale(lambda m: largest(1), 1, shape,
                                               asked.scale or 1, "one file", '--n'))
     else:
@@ -203,12 +204,14 @@ def _fit(
                       f"{count} frames of a film", '--steps-shown')
     return plan._replace(moving=moving, film=film)
 
-def _check_room(out, n, shape):
-    "ValueError if a tensor is larger than what is free on the disk."
+_SMALLEST_PNG = 67     # bytes of one pixel
+
+def _check_room(out, n, each):
+    "ValueError if n images of so many bytes take more than is free on the disk."
     folder = next(p for p in out.absolute().parents if p.exists())
-    free, each = shutil.disk_usage(folder).free, math.prod(shape)
+    free = shutil.disk_usage(folder).free
     if n*each > free:
-        raise ValueError(f"{out}: {n} images take {n*each/1e9:.1f} GB, and "
+        raise ValueError(f"{out}: {n} images take {n*each//10**9:,} GB, and "
                          f"{free/1e9:.1f} GB are free there: --n {free//each} would "
                          "fit")
 

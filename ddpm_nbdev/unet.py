@@ -86,7 +86,7 @@ class ResBlock(nn.Module):
 # %% ../nbs/11_unet.ipynb #899c9cbe
 def _attend(q, k, v):
     "softmax(q k^T / sqrt(c)) v"
-    pixels, c = q.shape[-2:]
+    pixels, c = map(int, q.shape[-2:])      # numbers, also where it is recorded
     if q.dtype == torch.bfloat16 and q.device.type == 'cpu' and pixels <= 1024:
         return (q @ k.mT * c**-.5).softmax(-1) @ v   # PyTorch's kernel is slow there
     return F.scaled_dot_product_attention(q, k, v)
